@@ -1,0 +1,1 @@
+"""Makes data: environments, the recorder, and specialists that learn."""

@@ -1,0 +1,219 @@
+"""Records what a vectorised environment does, and writes a trajectory whenever an episode ends.
+
+    with TaskWriter(root, "darkroom", task, provenance) as writer:
+        recorder = Recorder(writer, "darkroom", task, seeds=range(64), source="random policy")
+        states, _ = env.reset()
+        recorder.reset(states)
+        for _ in range(1000):
+            actions = env.action_space.sample()
+            states, rewards, terminated, truncated, infos = env.step(actions)
+            recorder.step(actions, states, rewards, terminated, truncated, infos)
+        recorder.close()
+        writer.finish()
+
+One recorder for every collector: it takes exactly what a `gymnasium.vector` environment in SAME_STEP mode
+returns; `lram.collectors.sb3.RecordVecEnv` feeds it from stable-baselines3. Episodes are numbered in the order in
+which they end, and by slot where several end in one step, so the same run gives the same files.
+What it trades away: each slot keeps a buffer as long as the longest episode that any slot has had, and an episode
+reaches the disk only when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from lram.datasets.trajectory import Trajectory
+from lram.datasets.writer import TaskWriter
+
+_FIRST_CAPACITY = 128
+"""Steps of an episode that buffers hold before they grow for the first time."""
+
+
+class Recorder:
+    """Buffers the episode under way in every slot; hands it to a `TaskWriter` when it ends.
+
+    Attributes:
+        steps: Transitions seen so far, over all slots.
+        episodes: Trajectories written so far.
+        left_out_episodes: Episodes that were begun and not written because they never ended.
+        left_out_steps: Transitions of those episodes.
+    """
+
+    def __init__(
+        self,
+        writer: TaskWriter,
+        domain: str,
+        task: str,
+        seeds: Sequence[int],
+        source: str,
+        first_episode: int | None = None,
+        action_space: gym.Space | None = None,
+        state_layout: dict[str, list[int]] | None = None,
+    ) -> None:
+        """Starts a recording.
+
+        Args:
+            writer: Where trajectories go; the caller opens it, finishes it and closes it.
+            domain: The task's domain.
+            task: The task's name.
+            seeds: For every slot, the seed its stream of episodes was started with; each of the slot's
+                trajectories carries it.
+            source: Who makes these trajectories, with versions.
+            first_episode: Number of the first trajectory, by default the writer's next one.
+            action_space: Of one slot. For a Box, actions are clipped to it, as the environment does: what is
+                stored is what was executed.
+            state_layout: {key: [start, stop]} over the columns of vector states.
+        """
+        self._writer = writer
+        self._domain, self._task, self._source = domain, task, source
+        self._seeds = [int(seed) for seed in seeds]
+        self._box = action_space if isinstance(action_space, gym.spaces.Box) else None
+        self._layout = state_layout
+        self._slots = np.arange(len(self._seeds))
+        self._lengths = np.zeros(len(self._seeds), np.int64)
+        self._longest = 0
+        self._states: np.ndarray | None = None
+        self._actions: np.ndarray | None = None
+        self._rewards = np.zeros((len(self._seeds), _FIRST_CAPACITY), np.float32)
+        self._curve: list[tuple[int, int, float, int]] = []
+        self._next = writer.next_episode if first_episode is None else first_episode
+        self.steps = self.episodes = self.left_out_episodes = self.left_out_steps = 0
+
+    def reset(self, states: np.ndarray) -> None:
+        """Takes the first states after a reset of every slot; episodes under way are left out.
+
+        Args:
+            states: (N, D) or (N, C, 64, 64).
+        """
+        self._leave_out()
+        if self._states is None:
+            shape = (len(self._slots), self._rewards.shape[1], *states.shape[1:])
+            self._states = np.empty(shape, np.uint8 if states.dtype == np.uint8 else np.float32)
+        self._states[:, 0] = states
+
+    def step(
+        self,
+        actions: np.ndarray,
+        states: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: dict[str, Any],
+    ) -> None:
+        """Takes one step of every slot.
+
+        Args:
+            actions: (N,) integers or (N, A) floats, as given to the environment.
+            states: What it returned, (N, ...): the next state, or after an end the new episode's first.
+            rewards: (N,).
+            terminated: (N,) bool.
+            truncated: (N,) bool.
+            infos: `final_obs[i]` is the last state of an episode that ended in slot i;
+                `final_info["success"][i]`, where given, whether it solved its task.
+        """
+        if self._states is None:
+            raise RuntimeError("Recorder.reset has to be given the first states before the first step")
+        if self._actions is None:
+            self._actions = self._empty_actions(actions)
+        if self._box is not None:
+            actions = np.clip(actions, self._box.low, self._box.high)
+        self._actions[self._slots, self._lengths] = actions
+        self._rewards[self._slots, self._lengths] = rewards
+        self._lengths += 1
+        self._longest += 1
+        self.steps += len(self._slots)
+        if terminated.any() or truncated.any():
+            for slot in np.flatnonzero(terminated | truncated).tolist():
+                success = _success(infos, slot)
+                self._write(slot, bool(terminated[slot]), bool(truncated[slot]), infos["final_obs"][slot], success)
+                self._lengths[slot] = 0
+            self._longest = int(self._lengths.max())
+        if self._longest == self._rewards.shape[1]:
+            self._grow()
+        self._states[self._slots, self._lengths] = states
+
+    def close(self, write_unfinished: bool = False) -> None:
+        """Ends the recording.
+
+        Args:
+            write_unfinished: Write the episodes still under way, in order of slots, neither terminated nor
+                truncated; by default they are counted in `left_out_episodes` and `left_out_steps`.
+        """
+        if write_unfinished and self._states is not None:
+            for slot in np.flatnonzero(self._lengths).tolist():
+                self._write(slot, False, False, self._states[slot, self._lengths[slot]], None)
+                self._lengths[slot] = 0
+        self._leave_out()
+
+    def curve(self) -> dict[str, np.ndarray]:
+        """Returns the learning curve: one entry per trajectory written, in order.
+
+        `episode` is its number, `steps` the transitions of all slots when it ended, `return` and `length` its own.
+        """
+        episode, steps, total, length = zip(*self._curve) if self._curve else ((), (), (), ())
+        return {
+            "episode": np.array(episode, np.int64),
+            "steps": np.array(steps, np.int64),
+            "return": np.array(total, np.float64),
+            "length": np.array(length, np.int64),
+        }
+
+    def _empty_actions(self, actions: np.ndarray) -> np.ndarray:
+        kind = np.int64 if np.issubdtype(actions.dtype, np.integer) else np.float32
+        return np.empty((*self._rewards.shape, *actions.shape[1:]), kind)
+
+    def _write(
+        self, slot: int, terminated: bool, truncated: bool, final_state: np.ndarray, success: bool | None
+    ) -> None:
+        assert self._states is not None and self._actions is not None
+        length = int(self._lengths[slot])
+        # Copies: the buffers go on being written while the writer may still hold the trajectory.
+        trajectory = Trajectory(
+            domain=self._domain,
+            task=self._task,
+            episode=self._next,
+            seed=self._seeds[slot],
+            states=self._states[slot, :length].copy(),
+            actions=self._actions[slot, :length].copy(),
+            rewards=self._rewards[slot, :length].copy(),
+            terminated=terminated,
+            truncated=truncated,
+            source=self._source,
+            final_state=np.array(final_state, self._states.dtype),
+            success=success,
+            state_layout=self._layout,
+        )
+        self._writer.add(trajectory)
+        self._curve.append((self._next, self.steps, trajectory.total, length))
+        self._next += 1
+        self.episodes += 1
+
+    def _grow(self) -> None:
+        """Doubles the buffers; only what is in use is copied, so untouched pages cost nothing."""
+        assert self._states is not None and self._actions is not None
+        grown = []
+        for old in (self._states, self._actions, self._rewards):
+            new = np.empty((old.shape[0], 2 * old.shape[1], *old.shape[2:]), old.dtype)
+            for slot, length in enumerate(self._lengths):
+                new[slot, :length] = old[slot, :length]
+            grown.append(new)
+        self._states, self._actions, self._rewards = grown
+
+    def _leave_out(self) -> None:
+        self.left_out_episodes += int(np.count_nonzero(self._lengths))
+        self.left_out_steps += int(self._lengths.sum())
+        self._lengths[:] = 0
+        self._longest = 0
+
+
+def _success(infos: dict[str, Any], slot: int) -> bool | None:
+    """Reads whether the episode that ended in a slot solved its task; None where the environment does not say."""
+    final = infos.get("final_info", {})
+    if "success" not in final or not final.get("_success", [True] * (slot + 1))[slot]:
+        return None
+    value = final["success"][slot]
+    return None if value is None else bool(value)

@@ -1,0 +1,1 @@
+"""The trajectory, its file, the index, checks, the report, and windows for training."""

@@ -1,0 +1,129 @@
+"""From nothing to an agent that learns in context: the product's own flows on a small Dark-Room.
+
+    lram quickstart                # minutes on two cores
+    lram quickstart --thorough     # more goals and updates: the curve rises on goals never seen, too
+
+Specialists learn, their training is recorded, the dataset is checked and reported on, a policy is trained on the
+histories by Algorithm Distillation, and plays goals it was and was not trained on, without weight updates. Run
+again after a kill, it continues; what is complete is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+
+from lram.collectors.specialists import DarkRoomSettings
+from lram.datasets.index import find_tasks, fingerprint
+from lram.flows.collect import CollectSettings, collect_darkroom
+from lram.flows.evaluate import evaluate_policy, show
+from lram.flows.progress import console
+from lram.flows.report import ReportSettings, report_dataset
+from lram.flows.train import train_policy
+from lram.train import checkpoint
+from lram.train.evaluate import EvaluateSettings, results_folder
+from lram.train.trainer import TrainSettings
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """The whole way on Dark-Room, with few settings of its own."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder for the dataset, the report, the checkpoint and the evaluation."""
+    thorough: bool = False
+    """The smallest setting seen to learn in context on goals it was never trained on."""
+    backbone: Literal["xlstm", "mamba", "dt"] = "xlstm"
+    """Sequence model of the policy."""
+    seed: int = 0
+    """Seed of specialists, policy and evaluation."""
+
+
+def specialist_settings(settings: QuickstartSettings) -> DarkRoomSettings:
+    """Returns the room and its specialists."""
+    size, horizon, steps = (7, 30, 30_000) if settings.thorough else (5, 20, 10_000)
+    return DarkRoomSettings(size=size, horizon=horizon, steps=steps, seed=settings.seed)
+
+
+def train_settings(settings: QuickstartSettings) -> TrainSettings:
+    """Returns how the policy is trained."""
+    return TrainSettings(
+        root=settings.out / "dataset",
+        out=settings.out / f"policy-{settings.backbone}",
+        backbone=settings.backbone,
+        size="tiny",
+        updates=6000 if settings.thorough else 1200,
+        per_domain=64,
+        gap=100,
+        learning_rate=3e-3,
+        seed=settings.seed,
+        log_every=25,
+        validate_every=200,
+        save_every=100,
+    )
+
+
+def evaluate_settings(settings: QuickstartSettings) -> EvaluateSettings:
+    """Returns how the policy is evaluated."""
+    return EvaluateSettings(checkpoint=train_settings(settings).out, trials=20, seed=settings.seed)
+
+
+@flow(name="quickstart")
+def quickstart(settings: QuickstartSettings) -> dict[str, Any]:
+    """Collects, checks, reports, trains and evaluates.
+
+    Returns:
+        Paths of `dataset`, `report`, `checkpoint`, `curves` and `plot`, and the evaluation's `result`.
+    """
+    training, evaluation = train_settings(settings), evaluate_settings(settings)
+    root, report = training.root, settings.out / "report"
+    collect_darkroom(CollectSettings(root, "training", specialist=specialist_settings(settings)))
+    if _reported(report) == fingerprint(find_tasks(root)):
+        console.print("report     is of this dataset already")
+    else:
+        report_dataset(ReportSettings(root, report))
+    train_policy(training)
+    folder = results_folder(evaluation)
+    result = _evaluated(folder / "in_context.json", evaluation)
+    if result is None:
+        result = evaluate_policy(evaluation)
+    return {
+        "dataset": root,
+        "report": report / "report.html",
+        "checkpoint": checkpoint.best(training.out),
+        "curves": folder / "in_context.json",
+        "plot": folder / "in_context.png",
+        "result": result,
+    }
+
+
+def _reported(folder: Path) -> str | None:
+    """Returns the fingerprint of the dataset that the report in a folder is about."""
+    try:
+        return json.loads((folder / "report.json").read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _evaluated(path: Path, settings: EvaluateSettings) -> dict[str, Any] | None:
+    """Returns the results in a file when they are of this checkpoint and these settings."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    wanted = {key: value for key, value in vars(settings).items() if key not in ("checkpoint", "out")}
+    same = result["checkpoint"] == checkpoint.best(settings.checkpoint).name and result["settings"] == wanted
+    return result if same else None
+
+
+def main(settings: QuickstartSettings) -> int:
+    """Runs the flow, prints the key figures and where everything is."""
+    made = quickstart(settings)
+    show(made["result"])
+    for name in ("dataset", "report", "checkpoint", "curves", "plot"):
+        print(f"{name:<11}{made[name]}")
+    return 0

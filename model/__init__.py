@@ -1,0 +1,1 @@
+"""The policy: encoders, three backbones, the action head, and the recurrent state."""

@@ -1,0 +1,144 @@
+"""Decision Transformer: the cache against plain encoding, inside the window and once it slides."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lram.model.dt import DT
+from lram.model.state import map_state, reset_state, select_state
+
+torch.set_num_threads(1)
+WIDTH = 64
+
+
+def build(layers=2, max_tokens=30, seed=0):
+    """A model whose positions matter: at their initial 0.02 they would hide an error in their place."""
+    torch.manual_seed(seed)
+    model = DT(layers, WIDTH, 4, max_tokens)
+    with torch.no_grad():
+        model.wpe.weight.normal_()
+        for block in model.h:
+            block.attn.c_attn.weight.normal_(std=0.2)
+    return model
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    layers=st.sampled_from([2, 4]),
+    length=st.integers(1, 120),
+    max_tokens=st.integers(8, 120),
+    cuts=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_step_equals_encoding_the_window(layers, length, max_tokens, cuts, seed):
+    model = build(layers, max_tokens, seed)
+    x = torch.randn(2, length, WIDTH)
+    state, start, index = None, 0, 0
+    with torch.no_grad():
+        while start < length:
+            size = min(cuts[index % len(cuts)], max_tokens)
+            y, state = model.step(x[:, start : start + size], state)
+            start, index = min(start + size, length), index + 1
+            window = x[:, max(0, start - max_tokens) : start]
+            torch.testing.assert_close(y, model(window)[:, -y.shape[1] :], rtol=1e-4, atol=1e-4)
+
+
+def test_equals_forward_to_the_last_digits_within_the_window():
+    model = build(max_tokens=600)
+    x = torch.randn(2, 600, WIDTH)
+    state, outputs = None, []
+    with torch.no_grad():
+        for piece in x.split(3, dim=1):
+            y, state = model.step(piece, state)
+            outputs.append(y)
+        torch.testing.assert_close(torch.cat(outputs, 1), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_longer_than_the_window():
+    model = build(max_tokens=10)
+    x = torch.randn(2, 24, WIDTH)
+    with torch.no_grad():
+        y, _ = model.step(x)
+        torch.testing.assert_close(y[:, 10:20], model(x[:, 10:20]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y[:, 20:], model(x[:, 14:])[:, -4:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="10"):
+        model(x)
+
+
+def test_slots_of_different_age():
+    """Slots are reset at different times, so that some slide, some are full and some are new in the same call."""
+    model = build(max_tokens=12)
+    torch.manual_seed(1)
+    x = torch.randn(4, 60, WIDTH)
+    born = [0, 0, 0, 0]
+    state, mixed = None, False
+    with torch.no_grad():
+        for start in range(0, 60, 3):
+            if state is not None:
+                done = torch.rand(4) < torch.tensor([0.0, 0.15, 0.3, 0.5])
+                state = reset_state(state, done)
+                born = [start if over else when for over, when in zip(done.tolist(), born)]
+            y, state = model.step(x[:, start : start + 3], state)
+            sliding = [start + 3 - when > 12 for when in born]
+            mixed |= any(sliding) and not all(sliding)
+            for slot, when in enumerate(born):
+                window = x[slot : slot + 1, max(when, start + 3 - 12) : start + 3]
+                torch.testing.assert_close(y[slot], model(window)[0, -3:], rtol=1e-4, atol=1e-4)
+    assert mixed, "no call had both sliding and young slots"
+
+
+def test_state_is_selected_and_not_changed():
+    model = build(max_tokens=12)
+    x = torch.randn(3, 9, WIDTH)
+    with torch.no_grad():
+        _, state = model.step(x[:, :6])
+        before = map_state(torch.clone, state)
+        y, _ = model.step(x[[2, 0], 6:], select_state(state, torch.tensor([2, 0])))
+        torch.testing.assert_close(y, model(x)[[2, 0], 6:], rtol=1e-4, atol=1e-4)
+    tensors = []
+    map_state(tensors.append, state)
+    map_state(tensors.append, before)
+    half = len(tensors) // 2
+    assert all(torch.equal(a, b) for a, b in zip(tensors[:half], tensors[half:]))
+
+
+def test_gradient_through_the_cache_equals_forward():
+    model = build()
+    x = torch.randn(2, 12, WIDTH)
+    weights = torch.randn_like(x)
+
+    def stepped(x):
+        state, outputs = None, []
+        for piece in x.split([5, 1, 6], dim=1):
+            y, state = model.step(piece, state)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+    grads = []
+    for run in (model, stepped):
+        model.zero_grad()
+        (run(x) * weights).sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_is_causal():
+    model = build()
+    x = torch.randn(1, 20, WIDTH)
+    changed = x.clone()
+    changed[:, 12:] += torch.randn(8, WIDTH)
+    with torch.no_grad():
+        before, after = model(x), model(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before[:, 12], after[:, 12], atol=1e-3)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = DT(8, 512, 8, 150)
+    assert model.h[0].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert model.wpe.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[0].mlp.c_fc.bias.abs().max() == 0

@@ -1,0 +1,159 @@
+"""Mamba: the chunked scan against a loop, whole sequences against pieces, and initialisation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lram.model import mamba
+from lram.model.mamba import CHUNK_TOKENS, Mamba, selective_scan
+from lram.model.state import map_state, reset_state
+
+torch.set_num_threads(1)
+WIDTH = 64
+
+
+def loop(u, dt, a, b, c, h=None):
+    """The recurrence of arXiv 2312.00752 as it is written, one token at a time, left to autograd."""
+    h = u.new_zeros(u.shape[0], a.shape[1], a.shape[0]) if h is None else h
+    outputs = []
+    for t in range(u.shape[1]):
+        h = torch.exp(dt[:, t, None] * a.t()) * h + b[:, t, :, None] * (dt * u)[:, t, None]
+        outputs.append((c[:, t, :, None] * h).sum(1))
+    return torch.stack(outputs, 1), h
+
+
+def scan_inputs(seed, batch, length, inner, size, scale, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=generator)
+
+    u, dt = random(batch, length, inner), F.softplus(random(batch, length, inner)) * scale
+    b, c = random(batch, length, size), random(batch, length, size)
+    a, h = -torch.exp(random(inner, size)), random(batch, size, inner)
+    return [part.requires_grad_() for part in (u, dt, a, b, c, h)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 3 * CHUNK_TOKENS + 1),
+    scale=st.sampled_from([1e-4, 0.1, 1.0, 1e3, 1e6]),
+    start=st.booleans(),
+)
+def test_scan_equals_loop(seed, batch, length, scale, start):
+    inputs = scan_inputs(seed, batch, length, 5, 4, scale)
+    grads = []
+    for run in (selective_scan, loop):
+        y, h = run(*(inputs if start else inputs[:-1]))
+        ((y**2).sum() / scale + h.sum()).backward()
+        grads.append((y.detach(), h.detach(), [part.grad for part in inputs]))
+        for part in inputs:
+            part.grad = None
+    torch.testing.assert_close(grads[0][:2], grads[1][:2], rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(grads[0][2], grads[1][2]):
+        if theirs is not None:
+            assert theirs.isfinite().all()
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8 * theirs.abs().max().item())
+
+
+def test_scan_of_a_batch_too_large_for_one_piece():
+    # 40 rows of 128 x 16 do not fit the 2**18 numbers that a piece may hold.
+    inputs = scan_inputs(0, 40, 20, 128, 16, 0.1, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(selective_scan(*inputs), loop(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def in_pieces(model, x, cuts, state=None):
+    outputs, start = [], 0
+    while start < x.shape[1]:
+        size = cuts[len(outputs) % len(cuts)]
+        y, state = model.step(x[:, start : start + size], state)
+        outputs.append(y)
+        start += size
+    return torch.cat(outputs, 1), state
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    layers=st.sampled_from([2, 8]),
+    length=st.integers(1, 150),
+    cuts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_step_in_pieces_equals_forward(layers, length, cuts, seed):
+    torch.manual_seed(seed)
+    model = Mamba(layers, WIDTH)
+    x = torch.randn(2, length, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(in_pieces(model, x, cuts)[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_600_tokens_in_control_steps():
+    torch.manual_seed(0)
+    model = Mamba(2, WIDTH)
+    x = torch.randn(2, 600, WIDTH)
+    with torch.no_grad():
+        y, state = in_pieces(model, x, [3])
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+    numbers = []
+    map_state(lambda tensor: numbers.append(tensor[0].numel()), state)
+    assert sum(numbers) == 2 * 2 * WIDTH * (mamba.STATE_SIZE + mamba.CONV_WIDTH - 1)
+
+
+def test_block_equals_the_definition():
+    """The mixer against `mamba_ssm`'s slow path, written out with the library's own operations."""
+    torch.manual_seed(0)
+    mixer = mamba.Mixer(WIDTH, 2)
+    x = torch.randn(2, 25, WIDTH)
+    xs, z = F.linear(x, mixer.in_proj.weight).transpose(1, 2).chunk(2, dim=1)
+    xs = F.silu(mixer.conv1d(xs)[..., :25])
+    rank = math.ceil(WIDTH / 16)
+    dt, b, c = F.linear(xs.transpose(1, 2), mixer.x_proj.weight).split([rank, 16, 16], dim=-1)
+    dt = F.softplus(dt @ mixer.dt_proj.weight.t() + mixer.dt_proj.bias)
+    y, _ = loop(xs.transpose(1, 2), dt, -torch.exp(mixer.A_log), b, c)
+    y = (y + xs.transpose(1, 2) * mixer.D) * F.silu(z.transpose(1, 2))
+    expected = F.linear(y, mixer.out_proj.weight)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    expected_grads = {name: p.grad.clone() for name, p in mixer.named_parameters()}
+    mixer.zero_grad()
+    result, _ = mixer(x)
+    (result * weights).sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    for name, parameter in mixer.named_parameters():
+        scale = expected_grads[name].abs().max()
+        torch.testing.assert_close(parameter.grad / scale, expected_grads[name] / scale, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_reset_slot_is_fresh_while_others_go_on():
+    torch.manual_seed(0)
+    model = Mamba(2, WIDTH)
+    x = torch.randn(3, 30, WIDTH)
+    with torch.no_grad():
+        _, state = model.step(x[:, :11])
+        kept = map_state(torch.clone, state)
+        y, _ = in_pieces(model, x[:, 11:], [3], reset_state(state, torch.tensor([False, True, False])))
+        torch.testing.assert_close(y[1], model(x[1:2, 11:])[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y[[0, 2]], model(x)[[0, 2], 11:], rtol=1e-4, atol=1e-4)
+    for before, after in zip(kept, state):
+        assert all(torch.equal(before[key], after[key]) for key in before), "step changed the state it was given"
+
+
+def test_names_and_initial_values():
+    torch.manual_seed(0)
+    model = Mamba(4, 512)
+    mixer = model.layers[0].mixer
+    names = {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"}
+    assert {name for name, _ in mixer.named_parameters()} == names | {"A_log", "D", "out_proj.weight"}
+    assert mixer.dt_proj.weight.shape == (1024, 32)
+    dt = F.softplus(mixer.dt_proj.bias)
+    assert dt.min() > 0.001 * 0.999 and dt.max() < 0.1 * 1.001
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17.0).expand(1024, 16))
+    # Uniform in ±1/sqrt(fan in), divided by sqrt(layers).
+    assert mixer.out_proj.weight.abs().max().item() == pytest.approx(1 / math.sqrt(1024) / 2, rel=0.01)

@@ -1,0 +1,1 @@
+"""The trainer, the evaluator, and their metrics."""
