@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lram.datasets.specs import DOMAINS, BadInput, tasks
@@ -54,6 +55,10 @@ SCHEMA = pa.schema(
         ("chunk_sizes", pa.list_(pa.int32())),
     ]
 )
+
+SHARD_SCHEMA = pa.schema([*SCHEMA, ("shard", pa.string()), ("member_offset", pa.int64())])
+"""The index of a task in tar shards: which one holds a trajectory's file, and at which byte the file starts."""
+SHARD_NAME = "shard-[0-9]{5,}[.]tar"
 
 
 @dataclass
@@ -175,29 +180,53 @@ def write_index(folder: Path, table: pa.Table, name: str = INDEX) -> None:
     write_whole(folder / name, buffer.getvalue())
 
 
-def read_index(folder: Path, name: str = INDEX) -> TaskIndex:
+def index_path(folder: Path) -> Path:
+    """Returns the file that holds a task's index: in a Zarr store it is the one chunk of the array `index`."""
+    packed = Path(folder) / "index" / "c" / "0"
+    return packed if packed.is_file() else Path(folder) / INDEX
+
+
+def read_index(folder: Path, name: str = INDEX, columns: list[str] | None = None) -> TaskIndex:
     """Reads the index of a task.
+
+    Args:
+        folder: The task's folder.
+        name: Name of the index in it.
+        columns: Columns to read, those of them that it has; all when None.
 
     Raises:
         BadInput: The index is missing, unreadable, of another shape, or names a path outside its folder.
     """
-    path = Path(folder) / name
+    folder = Path(folder)
+    path = index_path(folder) if name == INDEX else folder / name
     if not path.is_file():
         raise BadInput(f"{path}: no index, rebuild it with `lram index`")
     try:
-        table = pq.read_table(path, partitioning=None)
-        meta = json.loads(table.schema.metadata[b"lram"])
+        with pq.ParquetFile(path, read_dictionary=["split", "shard"] if columns else None) as file:
+            schema = file.schema_arrow
+            table = file.read([name for name in columns if name in schema.names] if columns else None)
+        meta = json.loads(schema.metadata[b"lram"])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a readable index ({str(error).splitlines()[0]})") from error
-    if not table.schema.equals(SCHEMA, check_metadata=False):
-        raise BadInput(f"{path}: columns are {table.schema.names}, expected {SCHEMA.names}")
+    expected = SHARD_SCHEMA if "shard" in schema.names else SCHEMA
+    types = [pa.string() if pa.types.is_dictionary(field.type) else field.type for field in schema]
+    if schema.names != expected.names or types != expected.types:
+        raise BadInput(f"{path}: columns are {schema.names}, expected {expected.names}")
     named = f"{meta.get('domain')}/{meta.get('task')}"
-    if named != f"{path.parent.parent.name}/{path.parent.name}":
+    if named != f"{folder.parent.name}/{folder.name}":
         raise BadInput(f"{path}: names the task {named!r}, expected that of its folder")
-    for value in table["path"].to_pylist():
-        if not TRAJECTORY_PATH.fullmatch(value or ""):
-            raise BadInput(f"{path}: column path holds {value!r}, expected NNN/NNNNNNNNN.hdf5")
-    return TaskIndex(path.parent, meta, table)
+    for column, pattern, form in (
+        ("path", TRAJECTORY_PATH.pattern, "NNN/NNNNNNNNN.hdf5"),
+        ("shard", SHARD_NAME, "shard-NNNNN.tar"),
+    ):
+        if column not in table.column_names:
+            continue
+        values = table[column].cast(pa.string())
+        safe = pc.fill_null(pc.match_substring_regex(values, f"^(?:{pattern})$"), False)
+        if not pc.all(safe).as_py() and len(values):
+            value = values.filter(pc.invert(safe))[0].as_py()
+            raise BadInput(f"{path}: column {column} holds {value!r}, expected {form}")
+    return TaskIndex(folder, meta, table)
 
 
 def rebuild(folder: Path) -> TaskIndex:
@@ -249,7 +278,7 @@ def fingerprint(folders: list[Path]) -> str:
     digest = hashlib.sha256()
     for folder in sorted(folders):
         digest.update(f"{folder.parent.name}/{folder.name}".encode())
-        digest.update((folder / INDEX).read_bytes())
+        digest.update(index_path(folder).read_bytes())
     return digest.hexdigest()
 
 

@@ -1,28 +1,51 @@
-"""Reads slices of trajectories straight from disk: `os.pread` at the index's offsets, no HDF5 call.
+"""Reads slices of trajectories straight from disk: `os.preadv` at the index's offsets, no HDF5 call.
 
-    reader = TaskReader(read_index(ROOT / "darkroom" / "room10x10-goal-07-03"))
+    reader = open_task(ROOT / "darkroom" / "room10x10-goal-07-03")
     rewards_T = reader.slice("rewards", row=3, start=10, stop=60)
 
-Contiguous arrays are one system call; chunked states are inflated chunk by chunk. Files stay open, up to a
-bound shared by all tasks. What is traded away: nothing is verified here, that is the business of `lram check`.
+A directory of files, tar shards where they lie, and a Zarr store differ in one thing, `Places`: in which file
+and at which byte an array or a chunk of it begins. Slices go into the caller's memory; those of arrays that lie
+near each other come with one system call, and of a compressed array only the chunks that are needed are
+inflated. Files stay open, up to a bound shared by all tasks. Threads and forked processes may read at will.
+What is traded away: nothing is verified here, that is the business of `lram check`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import resource
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from isal import isal_zlib
+import pyarrow.compute as pc
+from zlib_ng import zlib_ng
 
-from lram.datasets.index import TaskIndex
+from lram.datasets.index import VALIDATION, TaskIndex, read_index, trajectory_path
 from lram.datasets.specs import DOMAINS, BadInput, state_columns
 from lram.datasets.trajectory import IMAGE_CHUNK, VECTOR_CHUNK
 
-OPEN_FILES = 512
-"""How many trajectory files stay open in a process, below the usual limit of 1,024."""
+OPEN_FILES = min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+"""How many data files stay open in a process, below the usual limit of 1,024."""
+NEAR = 16 * 1024
+"""Bytes between two arrays that cost less to read over than another system call."""
+PIECE = 96 * 1024
+"""Bytes inflated at once: below malloc's threshold for fresh pages, whose faults cost more than inflating does."""
+
+READ = ("states", "actions", "rewards", "returns_to_go")
+COLUMNS = [
+    *("episode", "length", "return", "split", "shard", "member_offset", "chunk_offsets", "chunk_sizes"),
+    *(f"{name}_offset" for name in READ),
+]
+"""What reading needs of an index."""
+
+_over = memoryview(bytearray(NEAR))  # what lies between two arrays lands here, from all threads
+_zstd = pa.Codec("zstd")
+_own = threading.local()
 
 
 class _OpenFile:
@@ -36,7 +59,97 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-_open = functools.lru_cache(OPEN_FILES)(_OpenFile)
+_cached = functools.lru_cache(OPEN_FILES)(_OpenFile)
+
+
+def _open(path: str) -> _OpenFile:
+    try:
+        return _cached(path)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}, but the index names it") from error
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Where the chunks of one array of a task lie.
+
+    Attributes:
+        codec: "gzip" or "zstd".
+        shuffled: The bytes of each significance are stored together (HDF5's shuffle filter).
+        rows: Rows of a whole chunk.
+        first_N: Number of the chunk that holds row 0 of each trajectory.
+        skip_N: Rows before that one in its chunk; None where each trajectory begins a chunk, and where a
+            trajectory shorter than a chunk has a chunk of its own length.
+        offsets_M: Byte offset of each chunk in its file.
+        sizes_M: Stored bytes of each chunk.
+        path: Returns the file that holds a chunk, from (row of the index, number of the chunk).
+    """
+
+    codec: str
+    shuffled: bool
+    rows: int
+    first_N: np.ndarray
+    skip_N: np.ndarray | None
+    offsets_M: np.ndarray
+    sizes_M: np.ndarray
+    path: Callable[[int, int], str]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the arrays of a task's trajectories lie.
+
+    Attributes:
+        path: Returns the file of a trajectory's contiguous arrays, from its row in the index.
+        offsets_NA: Byte offset of each array of `READ` in that file, 0 for those in chunks.
+        chunks: The arrays of `READ` that are in chunks.
+    """
+
+    path: Callable[[int], str]
+    offsets_NA: np.ndarray
+    chunks: dict[str, Chunks]
+
+
+def file_places(index: TaskIndex) -> Places:
+    """Says where the arrays of trajectory files lie, in folders or as members of tar shards.
+
+    Raises:
+        BadInput: The index lacks the place of an array.
+    """
+    table, folder = index.table, str(index.folder)
+    codec = index.meta["codec"]
+    plain = READ if codec == "none" else READ[1:]
+    for name in plain:
+        if table[f"{name}_offset"].null_count:
+            raise BadInput(f"{folder}: the index lacks the offset of {name}, rebuild it with `lram index`")
+    offsets_NA = np.stack([pc.fill_null(table[f"{name}_offset"], 0).to_numpy() for name in READ], axis=1)
+    if "shard" in table.column_names:
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        names = [f"{folder}/{name}" for name in shards.dictionary.to_pylist()]
+        codes, members = shards.indices.to_numpy(), index.numpy("member_offset")
+        offsets_NA += members[:, None]
+
+        def path(row: int) -> str:
+            return names[codes[row]]
+    else:
+        episodes, members = index.numpy("episode"), None
+
+        def path(row: int) -> str:
+            return f"{folder}/{trajectory_path(int(episodes[row]))}"
+
+    if codec == "none":
+        return Places(path, offsets_NA, {})
+    lists = table["chunk_offsets"].combine_chunks()
+    starts, offsets = lists.offsets.to_numpy(), lists.flatten().to_numpy()
+    sizes = table["chunk_sizes"].combine_chunks().flatten().to_numpy()
+    image = len(index.meta["state_shape"]) == 3
+    rows = IMAGE_CHUNK if image else VECTOR_CHUNK
+    if len(sizes) != len(offsets) or (np.diff(starts) != -(-index.numpy("length") // rows)).any():
+        raise BadInput(f"{folder}: the index's chunk tables do not fit its lengths, rebuild it with `lram index`")
+    if members is not None:
+        offsets = offsets + np.repeat(members, np.diff(starts))
+    chunks = Chunks(codec, not image, rows, starts[:-1], None, offsets, sizes, lambda row, chunk: path(row))
+    return Places(path, offsets_NA, {"states": chunks})
 
 
 class TaskReader:
@@ -52,16 +165,22 @@ class TaskReader:
         validation: Which trajectories are validation, (N,) bool.
         columns: Policy columns of the native state columns, as an index; None for images.
         num_dims: Width of a continuous action, 0 for discrete ones.
+        state_shape: Shape of one state.
     """
 
-    def __init__(self, index: TaskIndex) -> None:
+    def __init__(self, index: TaskIndex, places: Callable[[TaskIndex], Places] = file_places) -> None:
         """Prepares a task for reading.
+
+        Args:
+            index: Its index, with the columns `COLUMNS` at least.
+            places: Says where its arrays lie.
 
         Raises:
             BadInput: The index holds no trajectory, or states that do not fit the policy.
         """
         if index.table.num_rows == 0:
             raise BadInput(f"{index.folder}: holds no trajectory")
+        _cached.cache_clear()  # files open from an earlier index may have been replaced since
         meta = index.meta
         self.folder: Path = index.folder
         self.task: str = meta["task"]
@@ -69,17 +188,8 @@ class TaskReader:
         self.lengths = index.numpy("length").astype(np.int64)
         self.returns = index.numpy("return")
         self.episodes = index.numpy("episode")
-        self.validation = index.numpy("split") == "validation"
-        self._paths: list[str] = index.table["path"].to_pylist()
-        self._codec: str = meta["codec"]
-        self._offsets = {
-            name: index.numpy(f"{name}_offset") for name in ("actions", "rewards", "returns_to_go", "states")
-        }
-        if self._codec != "none":
-            chunks = index.table["chunk_offsets"].combine_chunks()
-            self._chunk_starts = chunks.offsets.to_numpy()
-            self._chunk_offsets = chunks.flatten().to_numpy()
-            self._chunk_sizes = index.table["chunk_sizes"].combine_chunks().flatten().to_numpy()
+        self.validation = pc.equal(index.table["split"], VALIDATION).to_numpy()
+        self._places = places(index)
         states = np.dtype(meta["state_dtype"]), tuple(meta["state_shape"])
         actions = np.dtype(np.int64 if self.domain.action == "discrete" else np.float32)
         single = np.dtype(np.float32), ()
@@ -89,13 +199,15 @@ class TaskReader:
             "rewards": single,
             "returns_to_go": single,
         }
+        self.row_bytes = {
+            name: dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for name, (dtype, shape) in self._kinds.items()
+        }
+        """Bytes of one row of every array."""
         self.num_dims: int = meta["action_shape"][0] if meta["action_shape"] else 0
         self.state_shape: tuple[int, ...] = states[1]
-        self.columns: np.ndarray | slice | None = None
+        self.columns: np.ndarray | None = None
         if self.domain.state == "vector":
             self.columns = state_columns(self.domain.name, meta["state_layout"], states[1][0])
-            if np.array_equal(self.columns, np.arange(states[1][0])):
-                self.columns = slice(states[1][0])  # a block copy, several times faster than a scatter
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -110,48 +222,126 @@ class TaskReader:
             stop: One past the last transition.
 
         Returns:
-            Array of shape (stop - start, …) in the stored dtype, read-only.
+            Array of shape (stop - start, …) in the stored dtype.
 
         Raises:
             BadInput: The file is missing, or shorter than the index says.
         """
-        path = f"{self.folder}/{self._paths[row]}"
-        try:
-            descriptor = _open(path).descriptor
-        except OSError as error:
-            raise BadInput(f"{path}: {error.strerror}, but the index names it") from error
         dtype, shape = self._kinds[name]
-        if name == "states" and self._codec != "none":
-            return self._inflate(path, descriptor, row, start, stop)
-        bytes_per_row = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        offset = int(self._offsets[name][row]) + start * bytes_per_row
-        data = _pread(path, descriptor, (stop - start) * bytes_per_row, offset)
-        return np.frombuffer(data, dtype).reshape(stop - start, *shape)
+        out = np.empty((stop - start, *shape), dtype)
+        self.read(row, [(name, start, stop, memoryview(out).cast("B"))])
+        return out
 
-    def _inflate(self, path: str, descriptor: int, row: int, start: int, stop: int) -> np.ndarray:
-        dtype, shape = self._kinds["states"]
-        rows = min(int(self.lengths[row]), IMAGE_CHUNK if len(shape) == 3 else VECTOR_CHUNK)
-        first, last = start // rows, (stop - 1) // rows
-        out = np.empty(((last - first + 1) * rows, *shape), dtype)
-        size = rows * int(np.prod(shape)) * dtype.itemsize
-        for i in range(first, last + 1):
-            at = self._chunk_starts[row] + i
-            data = _pread(path, descriptor, int(self._chunk_sizes[at]), int(self._chunk_offsets[at]))
+    def read(self, row: int, cuts: Sequence[tuple[str, int, int, memoryview]]) -> None:
+        """Reads slices of several arrays of one trajectory, in as few system calls as their places allow.
+
+        Args:
+            row: Position of the trajectory in the index.
+            cuts: (array, first transition, one past the last, where its bytes go) of each slice.
+
+        Raises:
+            BadInput: The file is missing, or shorter than the index says.
+        """
+        states, actions, rewards, returns_to_go = self._places.offsets_NA[row].tolist()
+        offsets = {"states": states, "actions": actions, "rewards": rewards, "returns_to_go": returns_to_go}
+        plain = []
+        for name, first, last, out in cuts:
+            if name in self._places.chunks:
+                self._inflate(self._places.chunks[name], row, name, first, last, out)
+            else:
+                plain.append((offsets[name] + first * self.row_bytes[name], out))
+        if not plain:
+            return
+        plain.sort(key=_first)
+        path = self._places.path(row)
+        file = _open(path)
+        begin, out = plain[0]
+        end, parts = begin + len(out), [out]
+        for offset, out in plain[1:]:
+            if 0 <= offset - end <= NEAR:
+                if offset > end:
+                    parts.append(_over[: offset - end])
+            else:
+                _preadv(path, file, parts, begin, end)
+                begin, parts = offset, []
+            parts.append(out)
+            end = offset + len(out)
+        _preadv(path, file, parts, begin, end)
+
+    def _inflate(self, chunks: Chunks, row: int, name: str, first: int, last: int, out: memoryview) -> None:
+        rows, chunk, width = chunks.rows, int(chunks.first_N[row]), self.row_bytes[name]
+        if chunks.skip_N is None:
+            rows = min(rows, int(self.lengths[row]))
+        else:
+            first, last = first + int(chunks.skip_N[row]), last + int(chunks.skip_N[row])
+        items = self._kinds[name][0].itemsize if chunks.shuffled else 1
+        done = 0
+        for number in range(first // rows, (last - 1) // rows + 1):
+            start, stop = max(first - number * rows, 0), min(last - number * rows, rows)
+            path = chunks.path(row, chunk + number)
+            size, offset = int(chunks.sizes_M[chunk + number]), int(chunks.offsets_M[chunk + number])
+            data = os.pread(_open(path).descriptor, size, offset)
+            if len(data) != size:
+                raise BadInput(f"{path}: shorter than its index says, run `lram check`")
+            part = out[done : done + (stop - start) * width]
             try:
-                if self._codec == "gzip":
-                    raw = isal_zlib.decompress(data, bufsize=size)
+                if items == 1:
+                    _decode(chunks.codec, data, rows * width, start * width, part)
                 else:
-                    raw = pa.Codec("zstd").decompress(data, size, asbytes=True)
-            except (isal_zlib.error, OSError) as error:
-                raise BadInput(f"{path}: a chunk of states does not inflate ({error})") from error
-            if dtype.itemsize > 1:  # HDF5's shuffle filter stores the bytes of each significance together.
-                raw = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.tobytes()
-            out[(i - first) * rows : (i - first + 1) * rows] = np.frombuffer(raw, dtype).reshape(rows, *shape)
-        return out[start - first * rows : stop - first * rows]
+                    _decode_shuffled(chunks.codec, data, rows * width, start * width, part, items)
+            except (zlib_ng.error, OSError, ValueError) as error:
+                raise BadInput(f"{path}: a chunk of {name} does not inflate ({error})") from error
+            done += len(part)
 
 
-def _pread(path: str, descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
+def open_task(folder: Path) -> TaskReader:
+    """Opens one task for reading, from a directory of files, tar shards or a Zarr store.
+
+    Raises:
+        BadInput: Its index is missing or cannot be used.
+    """
+    from lram.datasets.pack import is_packed, zarr_places
+
+    index = read_index(folder, columns=COLUMNS)
+    return TaskReader(index, zarr_places if is_packed(index.folder) else file_places)
+
+
+def _first(pair: tuple[int, memoryview]) -> int:
+    return pair[0]
+
+
+def _preadv(path: str, file: _OpenFile, parts: list[memoryview], begin: int, end: int) -> None:
+    if os.preadv(file.descriptor, parts, begin) != end - begin:
         raise BadInput(f"{path}: shorter than its index says, run `lram check`")
-    return data
+
+
+def _decode(codec: str, data: bytes, size: int, start: int, out: memoryview) -> None:
+    """Writes bytes start to start + len(out) of a chunk of `size` bytes into `out`, inflating none after them."""
+    if codec == "zstd":
+        out[:] = memoryview(_zstd.decompress(data, size))[start : start + len(out)]
+        return
+    inflater = zlib_ng.decompressobj()
+    at, end = -start, len(out)
+    while at < end:
+        piece = inflater.decompress(data, min(PIECE, end - at))
+        if not piece:
+            raise ValueError("it ends early")
+        data = inflater.unconsumed_tail
+        if at >= 0:
+            out[at : at + len(piece)] = piece
+        elif at + len(piece) > 0:
+            out[: at + len(piece)] = piece[-at:]
+        at += len(piece)
+
+
+def _decode_shuffled(codec: str, data: bytes, size: int, start: int, out: memoryview, items: int) -> None:
+    """Does the same where byte k of all values lies together, for each k in turn."""
+    if len(getattr(_own, "scratch", b"")) < size:
+        _own.scratch = memoryview(bytearray(size))
+    count, first, last = size // items, start // items, (start + len(out)) // items
+    needed = (items - 1) * count + last
+    _decode(codec, data, size, 0, _own.scratch[:needed])
+    planes = np.frombuffer(_own.scratch, np.uint8)
+    values = np.frombuffer(out, np.uint8).reshape(-1, items)
+    for k in range(items):  # by plane: half the time of one transposed copy
+        values[:, k] = planes[k * count + first : k * count + last]

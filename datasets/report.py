@@ -1,8 +1,9 @@
 """Writes the quality report of a dataset: one HTML page that opens offline, and the same content as JSON.
 
-    checks = [check_task(folder) for folder in find_tasks(ROOT)]
-    statistics = [task_statistics(check_folder, check.duplicates) for ...]
-    write_report(ROOT, checks, statistics, OUT)   # OUT/report.html, OUT/report.json
+    folders = find_tasks(ROOT)
+    checks = [check_task(folder) for folder in folders]
+    statistics = [task_statistics(folder, check.duplicates) for folder, check in zip(folders, checks)]
+    write_report(ROOT, checks, statistics, OUT)  # OUT/report.html, OUT/report.json
 
 Everything is computed here or in `lram.datasets.statistics`; the page (report.html, a template) only draws the
 JSON that stands inside it. So the page needs JavaScript, but no network, and the same dataset gives the same
@@ -157,17 +158,16 @@ def _mean(values: list[float]) -> float | None:
 
 def _domain_curve(statistics: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Averages a domain's learning curves: of normalised scores where there are references, else of returns."""
-    scales = {}
+    scales: dict[str, tuple[float, float]] = {}
     for statistic in statistics:
         scores = statistic.get("scores") or {}
         low, high = scores.get("low"), scores.get("high")
-        if scores.get("reference") != "success" and None not in (low, high) and low != high:
-            scales[statistic["name"]] = [low, high]
+        if scores.get("reference") == "success" or low is None or high is None or low == high:
+            continue
+        scales[statistic["name"]] = low, high
+    unit = "normalised score" if scales else "return"
     if not scales:
-        scales = {statistic["name"]: [0.0, 1.0] for statistic in statistics}
-        unit = "return"
-    else:
-        unit = "normalised score"
+        scales = {statistic["name"]: (0.0, 1.0) for statistic in statistics}
     curves = []
     for statistic in statistics:
         curve = statistic["learning_curve"]
@@ -180,7 +180,12 @@ def _domain_curve(statistics: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not curves:
         return None
     mean = [float(f"{value:.6g}") for value in np.mean(curves, axis=0)]
-    return {"unit": unit, "scales": scales, "share": [round(float(x), 4) for x in GRID], "mean": mean}
+    return {
+        "unit": unit,
+        "scales": {name: [*scale] for name, scale in scales.items()},
+        "share": [round(float(x), 4) for x in GRID],
+        "mean": mean,
+    }
 
 
 def markdown(root: Path, checks: list[TaskCheck], statistics: list[dict[str, Any]]) -> str:
@@ -212,7 +217,7 @@ def markdown(root: Path, checks: list[TaskCheck], statistics: list[dict[str, Any
         covered = f"{row['train']} of {row['planned']}" if row["planned"] else str(row["tasks"])
         score = "–"
         if row["normalised_mean"] is not None:
-            score = f"{row['normalised_mean']:.3f} ({row['normalised_tasks']} tasks)"
+            score = f"{row['normalised_mean']:.3f} (n = {row['normalised_tasks']})"
         lines.append(
             f"| {row['domain']} | {covered} | {row['trajectories']:,} | {row['transitions']:,} "
             f"| {row['bytes'] / 1e6:,.1f} | {score} | {row['failures']:,} |"

@@ -284,11 +284,11 @@ def scan(path: Path) -> tuple[Trajectory, FileImage]:
             codec: Codec = "none"
             if chunks:
                 codec = "gzip" if file["states"].compression == "gzip" else "zstd"
-    except (OSError, RuntimeError, KeyError) as error:
-        raise BadInput(f"{path}: not a whole trajectory file ({str(error).splitlines()[0]})") from error
     except BadInput as error:
         text = str(error)
         raise BadInput(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: not a whole trajectory file ({str(error).splitlines()[0]})") from error
     return trajectory, FileImage(data, hashlib.sha256(data).digest(), codec, offsets, chunks)
 
 

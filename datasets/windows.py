@@ -180,7 +180,7 @@ class Windows:
                 if image:
                     batch.states[b, at : at + n] = states
                 else:
-                    batch.states[b, at : at + n, task.columns] = states
+                    batch.states[b, at : at + n][:, task.columns] = states
                 actions = task.slice("actions", row, first, last)
                 batch.actions[b, at : at + n, ...] = actions if dims == 0 else _widen(actions, dims)
                 batch.returns_to_go[b, at : at + n] = task.slice("returns_to_go", row, first, last)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -41,7 +42,7 @@ def check(folder: Path, pool: ProcessPoolExecutor) -> TaskCheck:
     return pool.submit(check_task, folder).result()
 
 
-@flow(name="check", task_runner=ThreadPoolTaskRunner(max_workers=64))
+@flow(name="check", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
 def check_dataset(settings: CheckSettings) -> list[TaskCheck]:
     """Checks every trajectory and index of a dataset.
 

@@ -44,7 +44,7 @@ def train_specialist(name: str, settings: CollectSettings, pool: ProcessPoolExec
     return pool.submit(train_goal, settings.specialist, name, settings.root).result()
 
 
-@flow(name="collect-darkroom", task_runner=ThreadPoolTaskRunner(max_workers=64))
+@flow(name="collect-darkroom", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
 def collect_darkroom(settings: CollectSettings) -> list[dict[str, Any]]:
     """Trains a specialist on every goal and records all its transitions.
 

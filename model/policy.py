@@ -81,7 +81,7 @@ SIZES: dict[str, Size] = {
     "206M": Size(20, 1280, 10, 20, (1, 3, 5)),
     "408M": Size(28, 1536, 14, 24, (1, 3, 5)),
 }
-"""Table 4 of arXiv 2410.22391, and `tiny` for tests and the quickstart."""
+"""The sizes of arXiv 2410.22391 as design.md lists them, and `tiny` for tests and the quickstart."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _block_diagonal(x_BLI: Tensor, weight_KOJ: Tensor) -> Tensor:
 
 
 def _mlstm(layer: xlstm.mLSTMLayer, x_BLD: Tensor, state: State, keep: bool) -> tuple[Tensor, State]:
-    """One mLSTM layer, arXiv 2405.04517 section 2.3 and figure 11; `xlstm.blocks.mlstm.layer`.
+    """One mLSTM layer, arXiv 2405.04517 section 2.3; `xlstm.blocks.mlstm.layer`.
 
     Args:
         layer: Parameters.
@@ -150,7 +150,7 @@ def mlstm_cell(
 
     Inside a chunk with F the running sum of log sigmoid(f), token s weighs exp(i_s - F_s + F_t) at token t. All
     weights of row t are divided by exp(m_t), m_t = F_t + G_t, where G_t is the running maximum of i_s - F_s and of the
-    memory's m: F_t cancels, what is left is exp(g_s - G_t) with g = i - F (arXiv 2405.04517 appendix A.3, with
+    memory's m: F_t cancels, what is left is exp(g_s - G_t) with g = i - F (the parallel form of arXiv 2405.04517, with
     the row maximum found in O(L)). The normaliser is carried as one more column of v, all ones.
 
     Args:
@@ -272,7 +272,7 @@ class _SLSTM(torch.autograd.Function):
         raw_t = x_t + R y_{t-1} = (i, f, z, o)
         log n_t = log(exp(i) + sigmoid(f) n_{t-1}),  p = exp(i) / n_t
         c_t = c_{t-1} + p (tanh(z) - c_{t-1}),  y_t = sigmoid(o) c_t
-    These are equations (8) to (16) of arXiv 2405.04517 with c / n as the variable: p is a sigmoid, nothing overflows,
+    These are the equations of arXiv 2405.04517 section 2.2 with c / n as the variable: p is a sigmoid, none overflows,
     no stabiliser is needed, and no condition on the batch decides how a first token is treated.
 
     Shapes: x_LNGB gates before the nonlinearities, G = 4H in the order i, f, z, o; R_NGH; y, c, log n (N, H, B).

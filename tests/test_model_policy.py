@@ -70,6 +70,19 @@ def test_reset_slot_is_fresh(backbone, slstm):
         torch.testing.assert_close(logits[1:], policy(*inputs)[1:, 6:], rtol=1e-4, atol=1e-4)
 
 
+def test_order_of_tokens():
+    policy = build("dt")
+    states, returns, rewards = stream(1, 4)
+    before = policy.tokens(states, returns, rewards)
+    for inputs, token in (
+        ((states, returns, rewards + 1), 0),
+        ((states + 1, returns, rewards), 1),
+        ((states, returns + 1, rewards), 2),
+    ):
+        changed = (policy.tokens(*inputs) != before).any(-1)[0]
+        assert changed.nonzero()[:, 0].tolist() == list(range(token, 12, 3))
+
+
 @pytest.mark.parametrize("backbone", ["xlstm", "mamba", "dt"])
 def test_what_the_action_sees(backbone):
     """The action at t sees r_{t-1}, s_t and R_t, all of the past, and nothing after."""

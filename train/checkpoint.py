@@ -17,6 +17,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -186,5 +187,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """
     try:
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise BadInput(f"{folder / OPTIMIZER}: not readable optimizer state ({error})") from error
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        said = "unsafe content" if isinstance(error, UnpicklingError) else error
+        raise BadInput(f"{folder / OPTIMIZER}: not readable optimizer state ({said})") from error

@@ -74,11 +74,14 @@ class Actor:
         self.state: State = None
 
     def _encode(self, states_NKD: np.ndarray, returns_NK: np.ndarray, rewards_NK: np.ndarray) -> torch.Tensor:
-        padded = np.zeros((*states_NKD.shape[:2], STATE_WIDTH), np.float32)
-        padded[..., : states_NKD.shape[2]] = states_NKD
-        scaled = (array.astype(np.float32) / self.spec.reward_scale for array in (returns_NK, rewards_NK))
-        inputs = [torch.from_numpy(array).to(self.device) for array in (padded, *scaled)]
-        logits, self.state = self.policy.step(*inputs, self.state)
+        padded_NKS = np.zeros((*states_NKD.shape[:2], STATE_WIDTH), np.float32)
+        padded_NKS[..., : states_NKD.shape[2]] = states_NKD
+        scale = np.float32(self.spec.reward_scale)
+        states, returns, rewards = (
+            torch.from_numpy(array.astype(np.float32)).to(self.device)
+            for array in (padded_NKS, returns_NK / scale, rewards_NK / scale)
+        )
+        logits, self.state = self.policy.step(states, returns, rewards, self.state)
         return logits
 
     @torch.no_grad()

@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -42,10 +43,10 @@ class TrainSettings:
     """Dataset directory to train on."""
     out: Path = Path("runs/train")
     """Folder for checkpoints and logs; a run found there is continued."""
-    backbone: str = "xlstm"
-    """Sequence model: xlstm, mamba or dt."""
-    size: str = "16M"
-    """Size of the policy: tiny, 16M, 48M, 110M, 206M or 408M."""
+    backbone: Literal["xlstm", "mamba", "dt"] = "xlstm"
+    """Sequence model."""
+    size: Literal["tiny", "16M", "48M", "110M", "206M", "408M"] = "16M"
+    """Size of the policy."""
     slstm: bool = False
     """Put sLSTM blocks at the paper's [7:1] places (xLSTM only)."""
     updates: int = 33_300
@@ -76,8 +77,8 @@ class TrainSettings:
     """Updates between two measurements of validation perplexity."""
     save_every: int = 500
     """Updates between two checkpoints."""
-    device: str = "auto"
-    """cpu, cuda, or auto: CUDA when there is one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA when there is one."""
 
 
 def learning_rate(settings: TrainSettings, update: int) -> float:
@@ -133,23 +134,17 @@ def target_returns(windows: Windows) -> dict[str, float]:
     return {f"{reader.domain.name}/{reader.task}": float(reader.returns.max()) for reader in readers}
 
 
-def to_tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor | None]:
-    """Moves a batch's arrays to the device."""
-    names = ("states", "actions", "previous_rewards", "returns_to_go", "mask", "action_mask")
-    arrays = {name: getattr(batch, name) for name in names}
-    return {
-        name: None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
-        for name, array in arrays.items()
-    }
-
-
 def negative_log_likelihood(policy: torch.nn.Module, batch: Batch, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the summed loss of a batch on this rank, and the number of action tokens in it."""
-    tensors = to_tensors(batch, ranks.device)
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(ranks.device, non_blocking=True)
+
     autocast = torch.autocast("cuda", torch.bfloat16) if ranks.device.type == "cuda" else nullcontext()
     with autocast:
-        logits = policy(tensors["states"], tensors["returns_to_go"], tensors["previous_rewards"])
-    return action_loss(logits, tensors["actions"], tensors["mask"], batch.domain, tensors["action_mask"])
+        logits = policy(put(batch.states), put(batch.returns_to_go), put(batch.previous_rewards))
+    dims = None if batch.action_mask is None else put(batch.action_mask)
+    return action_loss(logits, put(batch.actions), put(batch.mask), batch.domain, dims)
 
 
 def prefetched(
@@ -201,8 +196,7 @@ def do_update(wrapped: torch.nn.Module, batches: list[Batch], settings: TrainSet
     losses = []
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
-        quiet = wrapped.no_sync if ranks.of > 1 and not last else nullcontext
-        with quiet():
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
             loss, _ = negative_log_likelihood(wrapped, batch, ranks)
             # DDP averages over ranks, the loss is a mean over all of them: hence the factor.
             scaled = loss * (ranks.of / counts[number].item() / len(batches))
@@ -292,8 +286,9 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> Path:
         optimizer.zero_grad(set_to_none=True)
         losses = do_update(wrapped, batches, settings, ranks)
         if not torch.isfinite(losses).all():
-            path = settings.out / f"bad-batch-rank{ranks.rank}.pt"
-            torch.save([to_tensors(batch, torch.device("cpu")) for batch in batches], path)
+            path = settings.out / f"bad-batch-rank{ranks.rank}.npz"
+            arrays = {f"{b.domain.name}/{k}": v for b in batches for k, v in vars(b).items() if k != "domain"}
+            np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
             raise BadInput(f"loss is not finite at update {update}; the batch is saved in {path}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip)
         optimizer.step()

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lram.datasets.specs import BadInput
+from lram.model.policy import Policy, PolicySettings
+from lram.train.checkpoint import WEIGHTS, State, best, checkpoints, find, load_optimizer, load_policy, load_weights, save
+
+TINY = {"backbone": "dt", "size": "tiny", "slstm": False, "max_steps": 4, "image": False}
+
+
+def make_run(out: Path, updates: list[int], best_at: int = -1) -> Policy:
+    torch.manual_seed(0)
+    policy = Policy(PolicySettings(**TINY))
+    optimizer = torch.optim.AdamW(policy.parameters())
+    sum(p.square().sum() for p in policy.parameters()).backward()
+    optimizer.step()
+    for update in updates:
+        save(out, State(update=update, policy=TINY, best=(1.5, best_at)), policy, optimizer)
+    return policy
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    policy = make_run(tmp_path, [10, 20, 30, 40], best_at=20)
+    assert [path.name for path in checkpoints(tmp_path)] == ["update-000000020", "update-000000040"]
+    assert find(tmp_path).name == "update-000000040"
+    assert best(tmp_path).name == "update-000000020"
+    assert find(tmp_path / "update-000000020") == best(tmp_path / "update-000000020") == best(tmp_path)
+    loaded, state = load_policy(tmp_path)
+    assert state.update == 40 and state.best == (1.5, 20)
+    for name, value in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert not loaded.training
+
+
+def test_the_optimizer_goes_on_where_it_was(tmp_path):
+    policy = make_run(tmp_path, [10])
+    optimizer = torch.optim.AdamW(policy.parameters())
+    load_optimizer(optimizer, find(tmp_path))
+    moments = optimizer.state[next(policy.parameters())]
+    assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
+
+
+def test_wrong_checkpoints_are_refused(tmp_path):
+    make_run(tmp_path / "run", [10])
+    folder = find(tmp_path / "run")
+    other = Policy(PolicySettings(**{**TINY, "backbone": "mamba"}))
+    with pytest.raises(BadInput, match=r"another policy \(backbone is dt, not mamba\)"):
+        load_weights(other, folder)
+    with pytest.raises(BadInput, match="no checkpoint"):
+        find(tmp_path / "nothing")
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadInput, match="not readable weights"):
+        load_policy(folder)
+    (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(BadInput, match="not readable optimizer state"):
+        load_optimizer(torch.optim.AdamW(other.parameters()), folder)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(BadInput, match="not a checkpoint's state"):
+        load_policy(folder)
+
+
+def test_a_pickle_in_place_of_optimizer_state_does_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'exploded'}",)
+
+    make_run(tmp_path / "run", [10])
+    folder = find(tmp_path / "run")
+    torch.save(Bomb(), folder / "optimizer.pt")
+    with pytest.raises(BadInput, match="not readable optimizer state"):
+        load_optimizer(torch.optim.AdamW(Policy(PolicySettings(**TINY)).parameters()), folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+SAVER = """
+import sys
+from pathlib import Path
+from lram.train.checkpoint import State, save
+from lram.model.policy import Policy, PolicySettings
+import torch
+settings = dict(backbone="dt", size="tiny", slstm=False, max_steps=4, image=False)
+policy = Policy(PolicySettings(**settings))
+optimizer = torch.optim.AdamW(policy.parameters())
+update = int(sys.argv[2])
+while True:
+    update += 1
+    save(Path(sys.argv[1]), State(update=update, policy=settings), policy, optimizer)
+    if update % 2:
+        print(update, flush=True)
+"""
+
+
+def test_a_kill_while_saving_leaves_a_loadable_checkpoint(tmp_path):
+    rng = random.Random(0)
+    last = 0
+    for _ in range(5):
+        run = [sys.executable, "-c", SAVER, str(tmp_path), str(last)]
+        process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        for _ in range(4):  # four moments a process: starting torch is what costs
+            time.sleep(rng.uniform(0, 0.03))
+            os.kill(process.pid, signal.SIGSTOP)
+            _, state = load_policy(tmp_path)
+            assert state.update >= last
+            last = state.update
+            os.kill(process.pid, signal.SIGCONT)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        _, state = load_policy(tmp_path)
+        assert state.update >= last
+    assert last > 5
