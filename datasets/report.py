@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lram.datasets.check import TaskCheck, as_json
+from lram.datasets.index import fingerprint
 from lram.datasets.specs import DOMAINS, tasks
 from lram.datasets.trajectory import write_whole
 
@@ -77,6 +78,7 @@ def summarise(root: Path, checks: list[TaskCheck], statistics: list[dict[str, An
         "format": FORMAT,
         "version": VERSION,
         "name": Path(root).resolve().name,
+        "fingerprint": _fingerprint(root, statistics),
         "totals": {
             "tasks": sum(statistic["trajectories"] > 0 for statistic in statistics),
             **totals,
@@ -93,6 +95,14 @@ def summarise(root: Path, checks: list[TaskCheck], statistics: list[dict[str, An
         "checks": as_json(checks),
         "statistics": statistics,
     }
+
+
+def _fingerprint(root: Path, statistics: list[dict[str, Any]]) -> str | None:
+    """Says which data the report is of; None where an index is missing."""
+    try:
+        return fingerprint([Path(root) / statistic["task"] for statistic in statistics])
+    except OSError:
+        return None
 
 
 def _failures(checks: list[TaskCheck], statistics: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -56,7 +56,7 @@ def train_settings(settings: QuickstartSettings) -> TrainSettings:
         out=settings.out / f"policy-{settings.backbone}",
         backbone=settings.backbone,
         size="tiny",
-        updates=6000 if settings.thorough else 1200,
+        updates=3000 if settings.thorough else 1000,
         per_domain=64,
         gap=100,
         learning_rate=3e-3,

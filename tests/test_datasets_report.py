@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lram.datasets.check import Finding, TaskCheck, check_task
-from lram.datasets.index import find_tasks
+from lram.datasets.index import find_tasks, fingerprint
 from lram.datasets.report import markdown, summarise, write_report
 from lram.datasets.specs import tasks
 from lram.datasets.statistics import task_statistics
@@ -92,6 +92,7 @@ def test_page_and_json_hold_the_statistics(dataset, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["statistics"] == statistics == before
     assert Page(path.read_text()).report == report
+    assert report["fingerprint"] == fingerprint(find_tasks(dataset))
     assert report["failures"] == [] and report["totals"]["failures"] == 0
     assert report["totals"]["tasks"] == 5 and report["totals"]["trajectories"] == 30
     assert report["totals"]["transitions"] == 4 * 6 * 8 + 6 * 70 == report["totals"]["checked_transitions"]
@@ -180,6 +181,7 @@ def test_statistics_that_failed_are_failures_unless_the_check_said_so(dataset):
         "metaworld/reach-v2/index.parquet"
     ]
     unchecked = summarise(dataset, [], statistics)
+    assert unchecked["fingerprint"] is None
     assert len(unchecked["failures"]) == 1 and "no index" in unchecked["failures"][0]["problem"]
     assert unchecked["totals"]["checked_tasks"] == 0
     assert "**Not checked.**" in markdown(dataset, [], [s for s in statistics if not s["error"]])
