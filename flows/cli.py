@@ -69,3 +69,7 @@ def run(name: str, words: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from what is on disk", file=sys.stderr)
         return 130
+
+
+if __name__ == "__main__":
+    main()

@@ -24,11 +24,10 @@ def bar(name: str, total: float, unit: str) -> Iterator[Step]:
     """Shows a bar named `name` over `total` units; the function it gives advances it and sets the note behind."""
     columns = (
         TextColumn("{task.description:<10}"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )

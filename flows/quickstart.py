@@ -1,7 +1,7 @@
 """From nothing to an agent that learns in context: the product's own flows on a small Dark-Room.
 
     lram quickstart                # minutes on two cores
-    lram quickstart --thorough     # more goals and updates: the curve rises on goals never seen, too
+    lram quickstart --thorough     # a larger room, more goals, more updates
 
 Specialists learn, their training is recorded, the dataset is checked and reported on, a policy is trained on the
 histories by Algorithm Distillation, and plays goals it was and was not trained on, without weight updates. Run
@@ -11,7 +11,7 @@ again after a kill, it continues; what is complete is not made again.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,22 +31,31 @@ from lram.train.trainer import TrainSettings
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The whole way on Dark-Room, with few settings of its own."""
+    """The whole way on Dark-Room. The defaults take minutes on two cores."""
 
     out: Path = Path("runs/quickstart")
     """Folder for the dataset, the report, the checkpoint and the evaluation."""
     thorough: bool = False
-    """The smallest setting seen to learn in context on goals it was never trained on."""
+    """Twice the goals in a larger room, and three times the updates; sets size, horizon, steps, updates, trials."""
     backbone: Literal["xlstm", "mamba", "dt"] = "xlstm"
     """Sequence model of the policy."""
+    size: int = 5
+    """Side of the room, in cells; four fifths of its cells are training goals."""
+    horizon: int = 20
+    """Steps per episode."""
+    steps: int = 10_000
+    """Transitions that each goal's specialist learns from."""
+    gap: int = 100
+    """Distance between the two episodes of a training window, in episodes of the specialist's training."""
+    updates: int = 1000
+    """Optimizer updates of the policy."""
+    trials: int = 20
+    """Episodes that the policy plays on each goal, keeping its context."""
     seed: int = 0
     """Seed of specialists, policy and evaluation."""
 
 
-def specialist_settings(settings: QuickstartSettings) -> DarkRoomSettings:
-    """Returns the room and its specialists."""
-    size, horizon, steps = (7, 30, 30_000) if settings.thorough else (5, 20, 10_000)
-    return DarkRoomSettings(size=size, horizon=horizon, steps=steps, seed=settings.seed)
+THOROUGH: dict[str, Any] = {"size": 7, "horizon": 30, "steps": 30_000, "updates": 3000, "trials": 30}
 
 
 def train_settings(settings: QuickstartSettings) -> TrainSettings:
@@ -56,20 +65,15 @@ def train_settings(settings: QuickstartSettings) -> TrainSettings:
         out=settings.out / f"policy-{settings.backbone}",
         backbone=settings.backbone,
         size="tiny",
-        updates=3000 if settings.thorough else 1000,
+        updates=settings.updates,
         per_domain=64,
-        gap=100,
+        gap=settings.gap,
         learning_rate=3e-3,
         seed=settings.seed,
         log_every=25,
         validate_every=200,
         save_every=100,
     )
-
-
-def evaluate_settings(settings: QuickstartSettings) -> EvaluateSettings:
-    """Returns how the policy is evaluated."""
-    return EvaluateSettings(checkpoint=train_settings(settings).out, trials=20, seed=settings.seed)
 
 
 @flow(name="quickstart")
@@ -79,9 +83,13 @@ def quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     Returns:
         Paths of `dataset`, `report`, `checkpoint`, `curves` and `plot`, and the evaluation's `result`.
     """
-    training, evaluation = train_settings(settings), evaluate_settings(settings)
+    if settings.thorough:
+        settings = replace(settings, **THOROUGH)
+    training = train_settings(settings)
+    evaluation = EvaluateSettings(training.out, trials=settings.trials, seed=settings.seed)
+    specialist = DarkRoomSettings(settings.size, settings.horizon, steps=settings.steps, seed=settings.seed)
     root, report = training.root, settings.out / "report"
-    collect_darkroom(CollectSettings(root, "training", specialist=specialist_settings(settings)))
+    collect_darkroom(CollectSettings(root, "training", specialist=specialist))
     if _reported(report) == fingerprint(find_tasks(root)):
         console.print("report     is of this dataset already")
     else:

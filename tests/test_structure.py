@@ -40,7 +40,17 @@ def test_imports_run_downward_only(path):
     if package != "flows":
         assert not {name for name in imports(path) if name.split(".")[0] == "prefect"}
     if package == "model":
-        simulators = {"gymnasium", "mujoco", "dm_control", "metaworld", "ale_py", "envpool", "robosuite", "h5py", "pyarrow"}
+        simulators = {
+            "gymnasium",
+            "mujoco",
+            "dm_control",
+            "metaworld",
+            "ale_py",
+            "envpool",
+            "robosuite",
+            "h5py",
+            "pyarrow",
+        }
         assert not {name.split(".")[0] for name in imports(path)} & simulators
 
 

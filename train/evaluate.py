@@ -265,9 +265,13 @@ def key_figures(curves: dict[str, Any]) -> dict[str, float]:
     return {"first_trial": first, "last_fifth": last, "rise": last / max(first, 1e-9), "random_mean": random}
 
 
+GOALS = {"training": "training", "holdout": "hold-out"}
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draws return over trial with intervals, one panel a goal set, with the random policy's line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     curves = result["curves"]
     figure = Figure(figsize=(4.6 * len(curves), 3.6), layout="constrained", dpi=150)
@@ -279,8 +283,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.plot(trials, curve[name]["mean"], color=colour, label=text)
             axis.fill_between(trials, curve[name]["low"], curve[name]["high"], color=colour, alpha=0.2, linewidth=0)
         axis.axhline(curve["best_possible"], color="#444444", linestyle=":", linewidth=1, label="best possible")
-        axis.set(title=f"{len(curve['tasks'])} {which} goals", xlabel="trial", ylim=(0, None), xlim=(1, trials[-1]))
+        axis.set(title=f"{len(curve['tasks'])} {GOALS[which]} goals", xlabel="trial", xlim=(1, trials[-1]))
+        axis.set_ylim(0, 1.08 * max(curve["best_possible"] for curve in curves.values()))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return")
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[0].legend(loc="center right", fontsize=8)
     figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,95 @@
+"""The quickstart as a user runs it, on the smallest room: to its end, and killed on the way there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lram.datasets.index import find_tasks, read_index
+
+SMALL = ["--size", "3", "--horizon", "6", "--steps", "1200", "--gap", "20", "--updates", "150", "--trials", "5"]
+
+
+def start(out: Path, home: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "lram.flows.cli", "quickstart", "--out", str(out), *SMALL]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def servers() -> int:
+    found = subprocess.run(["pgrep", "-f", "lram.flows.server"], capture_output=True, text=True, check=False)
+    return len(found.stdout.split())
+
+
+def state(out: Path) -> dict[str, bytes]:
+    """Everything whose content does not depend on the clock."""
+    kinds = ("*.hdf5", "*.parquet", "report.*", "dataset.json", "*.safetensors", "in_context.json")
+    paths = [path for kind in kinds for path in out.rglob(kind)]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run: its folder and what it printed."""
+    root = tmp_path_factory.mktemp("whole")
+    printed = end(start(root / "out", root / "home"))
+    return root / "out", printed
+
+
+def test_it_prints_where_everything_is(whole):
+    printed = whole[1]
+    made = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert set(made) == {"dataset", "report", "checkpoint", "curves", "plot"}
+    assert all(Path(path).exists() for path in made.values())
+    result = json.loads(Path(made["curves"]).read_text())
+    assert {name: len(curve["tasks"]) for name, curve in result["curves"].items()} == {"training": 7, "holdout": 2}
+    assert all(len(curve["policy"]["mean"]) == 5 for curve in result["curves"].values())
+
+
+def test_a_second_run_redoes_nothing(whole, tmp_path):
+    out, printed = whole
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".hdf5", ".html", ".png")}
+    assert end(start(out, tmp_path)) == printed
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_ten_kills_lose_and_double_nothing(whole, tmp_path):
+    rng = random.Random(1)
+    out, home = tmp_path / "out", tmp_path / "home"
+    reached = set()
+    running = servers()
+    for _ in range(10):
+        process = start(out, home)
+        # Past the imports, anywhere in collecting, checking, training and evaluating.
+        time.sleep(rng.uniform(3, 16))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+        finished = (
+            [folder for folder in find_tasks(out / "dataset") if read_index(folder).meta["complete"]]
+            if (out / "dataset" / "darkroom").is_dir()
+            else []
+        )
+        reached.add((len(finished), len(list(out.glob("policy-*/update-*"))), (out / "report").exists()))
+    assert len(reached) > 1, "every kill hit the same place"
+    end(start(out, home))
+    assert state(out) == state(whole[0])
+    assert servers() == running, "a killed command left its Prefect server behind"
