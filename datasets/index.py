@@ -202,15 +202,14 @@ def read_index(folder: Path, name: str = INDEX, columns: list[str] | None = None
     if not path.is_file():
         raise BadInput(f"{path}: no index, rebuild it with `lram index`")
     try:
-        with pq.ParquetFile(path, read_dictionary=["split", "shard"] if columns else None) as file:
+        with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             table = file.read([name for name in columns if name in schema.names] if columns else None)
         meta = json.loads(schema.metadata[b"lram"])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a readable index ({str(error).splitlines()[0]})") from error
     expected = SHARD_SCHEMA if "shard" in schema.names else SCHEMA
-    types = [pa.string() if pa.types.is_dictionary(field.type) else field.type for field in schema]
-    if schema.names != expected.names or types != expected.types:
+    if not schema.equals(expected, check_metadata=False):
         raise BadInput(f"{path}: columns are {schema.names}, expected {expected.names}")
     named = f"{meta.get('domain')}/{meta.get('task')}"
     if named != f"{folder.parent.name}/{folder.name}":
@@ -221,7 +220,7 @@ def read_index(folder: Path, name: str = INDEX, columns: list[str] | None = None
     ):
         if column not in table.column_names:
             continue
-        values = table[column].cast(pa.string())
+        values = table[column]
         safe = pc.fill_null(pc.match_substring_regex(values, f"^(?:{pattern})$"), False)
         if not pc.all(safe).as_py() and len(values):
             value = values.filter(pc.invert(safe))[0].as_py()
@@ -233,14 +232,17 @@ def rebuild(folder: Path) -> TaskIndex:
     """Makes a task's index from its files, keeping the provenance of the old index where it can be read.
 
     Raises:
-        BadInput: A file breaks the format, or lies under another task's or episode's name.
+        BadInput: A file breaks the format, lies under another task's or episode's name, or is in a tar shard,
+            whose index comes with it.
     """
     folder = Path(folder)
+    if any(folder.glob("shard-*.tar")):
+        raise BadInput(f"{folder}: holds tar shards, whose index cannot be rebuilt: fetch it again")
     meta: dict[str, Any] = {"domain": folder.parent.name, "task": folder.name}
     meta |= {"complete": False, "provenance": {}}
     try:
         old = read_index(folder).meta
-        meta |= {key: old[key] for key in ("complete", "provenance")}
+        meta |= {key: old[key] for key in ("complete", "provenance", "quarantined") if key in old}
     except BadInput:
         pass
     rows = []

@@ -13,13 +13,15 @@ What is traded away: nothing is verified here, that is the business of `lram che
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
 import resource
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,9 +45,11 @@ COLUMNS = [
 ]
 """What reading needs of an index."""
 
+Runs = tuple[tuple[int, int, int], ...]
+"""(native column, policy column, how many) of neighbouring columns."""
+
 _over = memoryview(bytearray(NEAR))  # what lies between two arrays lands here, from all threads
 _zstd = pa.Codec("zstd")
-_own = threading.local()
 
 
 class _OpenFile:
@@ -152,6 +156,57 @@ def file_places(index: TaskIndex) -> Places:
     return Places(path, offsets_NA, {"states": chunks})
 
 
+def zarr_places(index: TaskIndex) -> Places:
+    """Says where the chunks of a packed task lie, from the tables at the end of its shards; zarr itself is slower.
+
+    Raises:
+        BadInput: A shard is missing or cut, or the arrays are not stored as `lram pack` does.
+    """
+    lengths = index.numpy("length").astype(np.int64)
+    starts_N = np.cumsum(lengths) - lengths
+    places = Places(lambda row: str(index.folder), np.zeros((len(lengths), len(READ)), np.int64), {})
+    for name in READ:
+        folder = index.folder / name
+        try:
+            meta = json.loads((folder / "zarr.json").read_text())
+            shard = meta["chunk_grid"]["configuration"]["chunk_shape"]
+            codec = meta["codecs"][0]["configuration"]
+            rows = codec["chunk_shape"][0]
+            known = [step["name"] for step in codec["codecs"]] == ["bytes", "zstd"]
+            whole = meta["shape"][0] == lengths.sum() and meta["shape"][1:] == shard[1:] == codec["chunk_shape"][1:]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise BadInput(f"{folder}/zarr.json: not the metadata of a packed array ({error!r})") from error
+        if not known or not whole or codec["index_location"] != "end" or shard[0] % rows:
+            raise BadInput(f"{folder}/zarr.json: not an array of its index's lengths as `lram pack` stores them")
+        per_shard = shard[0] // rows
+        tail = "/0" * (len(shard) - 1)
+        paths = [f"{folder}/c/{number}{tail}" for number in range(-(-int(lengths.sum()) // shard[0]))]
+        table_M2 = np.concatenate([_shard_table(path, per_shard) for path in paths])
+        table_M2 = table_M2[: -(-int(lengths.sum()) // rows)]
+
+        def path(row: int, chunk: int, paths: list[str] = paths, per_shard: int = per_shard) -> str:
+            return paths[chunk // per_shard]
+
+        places.chunks[name] = Chunks(
+            "zstd", False, rows, starts_N // rows, starts_N % rows, table_M2[:, 0], table_M2[:, 1], path
+        )
+    return places
+
+
+def _shard_table(path: str, chunks: int) -> np.ndarray:
+    """Reads (offset, stored bytes) of every chunk of a Zarr shard, checked by the CRC-32C behind it."""
+    size = 16 * chunks + 4
+    try:
+        with open(path, "rb") as file:
+            file.seek(-size, os.SEEK_END)
+            table = file.read()
+    except OSError as error:
+        raise BadInput(f"{path}: missing or cut, expected a shard of {chunks} chunks") from error
+    if google_crc32c.value(table[:-4]) != int.from_bytes(table[-4:], "little"):
+        raise BadInput(f"{path}: its table of chunks is damaged, unpack or pack it again")
+    return np.frombuffer(table, "<i8", 2 * chunks).reshape(chunks, 2)
+
+
 class TaskReader:
     """Slices of the trajectories of one task.
 
@@ -163,9 +218,11 @@ class TaskReader:
         returns: Return of every trajectory, (N,).
         episodes: Episode number of every trajectory, (N,), ascending.
         validation: Which trajectories are validation, (N,) bool.
-        columns: Policy columns of the native state columns, as an index; None for images.
         num_dims: Width of a continuous action, 0 for discrete ones.
         state_shape: Shape of one state.
+        row_bytes: Bytes of one row of every array.
+        state_runs: Native columns of vector states that stay neighbours in the policy's columns.
+        action_runs: The same of continuous actions.
     """
 
     def __init__(self, index: TaskIndex, places: Callable[[TaskIndex], Places] = file_places) -> None:
@@ -202,12 +259,14 @@ class TaskReader:
         self.row_bytes = {
             name: dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for name, (dtype, shape) in self._kinds.items()
         }
-        """Bytes of one row of every array."""
         self.num_dims: int = meta["action_shape"][0] if meta["action_shape"] else 0
         self.state_shape: tuple[int, ...] = states[1]
-        self.columns: np.ndarray | None = None
+        self.action_runs: Runs = ((0, 0, self.num_dims),)
+        self.state_runs: Runs = ()
         if self.domain.state == "vector":
-            self.columns = state_columns(self.domain.name, meta["state_layout"], states[1][0])
+            columns = state_columns(self.domain.name, meta["state_layout"], states[1][0])
+            cuts = [0, *(np.flatnonzero(np.diff(columns) != 1) + 1).tolist(), len(columns)]
+            self.state_runs = tuple((a, int(columns[a]), b - a) for a, b in itertools.pairwise(cuts))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -229,7 +288,7 @@ class TaskReader:
         """
         dtype, shape = self._kinds[name]
         out = np.empty((stop - start, *shape), dtype)
-        self.read(row, [(name, start, stop, memoryview(out).cast("B"))])
+        self.read(row, [(name, start, stop, out.data.cast("B"))])
         return out
 
     def read(self, row: int, cuts: Sequence[tuple[str, int, int, memoryview]]) -> None:
@@ -274,22 +333,23 @@ class TaskReader:
             rows = min(rows, int(self.lengths[row]))
         else:
             first, last = first + int(chunks.skip_N[row]), last + int(chunks.skip_N[row])
-        items = self._kinds[name][0].itemsize if chunks.shuffled else 1
         done = 0
         for number in range(first // rows, (last - 1) // rows + 1):
             start, stop = max(first - number * rows, 0), min(last - number * rows, rows)
             path = chunks.path(row, chunk + number)
             size, offset = int(chunks.sizes_M[chunk + number]), int(chunks.offsets_M[chunk + number])
-            data = os.pread(_open(path).descriptor, size, offset)
+            file = _open(path)  # held until it is read: another thread may push it out
+            try:
+                data = os.pread(file.descriptor, size, offset)
+            except (OSError, ValueError) as error:
+                raise BadInput(f"{path}: cannot be read at the index's offsets ({error})") from error
             if len(data) != size:
                 raise BadInput(f"{path}: shorter than its index says, run `lram check`")
             part = out[done : done + (stop - start) * width]
+            decode = _decode_shuffled if chunks.shuffled else _decode
             try:
-                if items == 1:
-                    _decode(chunks.codec, data, rows * width, start * width, part)
-                else:
-                    _decode_shuffled(chunks.codec, data, rows * width, start * width, part, items)
-            except (zlib_ng.error, OSError, ValueError) as error:
+                decode(chunks.codec, data, rows * width, start * width, part)
+            except (zlib_ng.error, OSError, ValueError) as error:  # type: ignore[misc]  # its stub says value
                 raise BadInput(f"{path}: a chunk of {name} does not inflate ({error})") from error
             done += len(part)
 
@@ -300,10 +360,8 @@ def open_task(folder: Path) -> TaskReader:
     Raises:
         BadInput: Its index is missing or cannot be used.
     """
-    from lram.datasets.pack import is_packed, zarr_places
-
     index = read_index(folder, columns=COLUMNS)
-    return TaskReader(index, zarr_places if is_packed(index.folder) else file_places)
+    return TaskReader(index, zarr_places if (index.folder / "zarr.json").is_file() else file_places)
 
 
 def _first(pair: tuple[int, memoryview]) -> int:
@@ -311,14 +369,18 @@ def _first(pair: tuple[int, memoryview]) -> int:
 
 
 def _preadv(path: str, file: _OpenFile, parts: list[memoryview], begin: int, end: int) -> None:
-    if os.preadv(file.descriptor, parts, begin) != end - begin:
+    try:
+        whole = os.preadv(file.descriptor, parts, begin) == end - begin
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read at the index's offsets ({error})") from error
+    if not whole:
         raise BadInput(f"{path}: shorter than its index says, run `lram check`")
 
 
 def _decode(codec: str, data: bytes, size: int, start: int, out: memoryview) -> None:
     """Writes bytes start to start + len(out) of a chunk of `size` bytes into `out`, inflating none after them."""
     if codec == "zstd":
-        out[:] = memoryview(_zstd.decompress(data, size))[start : start + len(out)]
+        out[:] = memoryview(_zstd.decompress(data, size)).cast("B")[start : start + len(out)]
         return
     inflater = zlib_ng.decompressobj()
     at, end = -start, len(out)
@@ -334,14 +396,11 @@ def _decode(codec: str, data: bytes, size: int, start: int, out: memoryview) -> 
         at += len(piece)
 
 
-def _decode_shuffled(codec: str, data: bytes, size: int, start: int, out: memoryview, items: int) -> None:
-    """Does the same where byte k of all values lies together, for each k in turn."""
-    if len(getattr(_own, "scratch", b"")) < size:
-        _own.scratch = memoryview(bytearray(size))
-    count, first, last = size // items, start // items, (start + len(out)) // items
-    needed = (items - 1) * count + last
-    _decode(codec, data, size, 0, _own.scratch[:needed])
-    planes = np.frombuffer(_own.scratch, np.uint8)
-    values = np.frombuffer(out, np.uint8).reshape(-1, items)
-    for k in range(items):  # by plane: half the time of one transposed copy
-        values[:, k] = planes[k * count + first : k * count + last]
+def _decode_shuffled(codec: str, data: bytes, size: int, start: int, out: memoryview) -> None:
+    """Does the same where byte k of all float32 values lies together, for each k in turn."""
+    whole = _zstd.decompress(data, size) if codec == "zstd" else zlib_ng.decompress(data, bufsize=size)
+    planes_KN = np.frombuffer(whole, np.uint8, size).reshape(4, -1)
+    values_NK = np.frombuffer(out, np.uint8).reshape(-1, 4)
+    first = start // 4
+    for k in range(4):  # by plane: half the time of one transposed copy
+        values_NK[:, k] = planes_KN[k, first : first + len(values_NK)]

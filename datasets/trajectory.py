@@ -16,25 +16,38 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import h5py
-import hdf5plugin
 import numpy as np
 
+from lram.datasets.hdf5 import IMAGE_CHUNK, VECTOR_CHUNK, Codec, build, parse
 from lram.datasets.specs import DOMAINS, IMAGE_SIDE, BadInput
+
+__all__ = [
+    "ARRAYS", "FORMAT", "IMAGE_CHUNK", "VECTOR_CHUNK", "VERSION", "Codec", "FileImage", "Trajectory",
+    "default_codec", "encode", "locate", "read", "scan", "scan_bytes", "validate", "write_whole",
+]  # fmt: skip
 
 FORMAT = "lram-trajectory"
 VERSION = 1
 ARRAYS = ("states", "actions", "rewards", "returns_to_go", "dones")
-Codec = Literal["gzip", "zstd", "none"]
-
-IMAGE_CHUNK = 64
-"""Rows of one compressed chunk of image states."""
-VECTOR_CHUNK = 256
-"""Rows of one compressed chunk of vector states."""
-MEMORY_FILE = "trajectory.hdf5"
-"""Name of the in-memory file; it never reaches the disk."""
+REQUIRED: dict[str, type] = {
+    "format": str,
+    "version": int,
+    "domain": str,
+    "task": str,
+    "episode": int,
+    "seed": int,
+    "length": int,
+    "return": float,
+    "terminated": bool,
+    "truncated": bool,
+    "source": str,
+}
+"""Attributes of every file, with their types."""
+OPTIONAL: dict[str, type] = {"success": bool, "state_layout": str}
+"""Attributes of some files."""
 
 
 @dataclass(eq=False)
@@ -130,6 +143,9 @@ def validate(trajectory: Trajectory) -> None:
             raise BadInput(f"{name}: {what}")
 
     expect(t.length > 0, "no transitions, expected at least one")
+    expect(t.episode >= 0, "a negative episode number")
+    text = t.task + t.source
+    expect("\0" not in text and text == text.encode(errors="ignore").decode(), "a text that UTF-8 cannot hold")
     shape = t.states.shape
     if spec.state == "image":
         expect(t.states.dtype == np.uint8, f"states are {t.states.dtype}, expected uint8")
@@ -139,6 +155,9 @@ def validate(trajectory: Trajectory) -> None:
         expect(t.states.dtype == np.float32, f"states are {t.states.dtype}, expected float32")
         expect(len(shape) == 2, f"states have shape {shape}, expected (T, D)")
         expect(bool(np.isfinite(t.states).all()), "states hold values that are not finite")
+    if t.state_layout is not None:
+        good = spec.state == "vector" and _tiles(t.state_layout, shape[1])
+        expect(good, "state_layout is not {key: [start, stop]} with every column of states in one key at most")
     if spec.action == "discrete":
         expect(t.actions.dtype == np.int64, f"actions are {t.actions.dtype}, expected int64")
         expect(t.actions.ndim == 1, f"actions have shape {t.actions.shape}, expected (T,)")
@@ -157,6 +176,20 @@ def validate(trajectory: Trajectory) -> None:
     if t.final_state is not None:
         good = t.final_state.shape == shape[1:] and t.final_state.dtype == t.states.dtype
         expect(good, f"final_state is {t.final_state.dtype} {t.final_state.shape}, expected a row of states")
+        expect(bool(np.isfinite(t.final_state).all()), "final_state holds values that are not finite")
+
+
+def _tiles(layout: Any, width: int) -> bool:
+    """Says whether a state_layout names ranges of columns that do not overlap."""
+    if not isinstance(layout, dict) or not all(isinstance(key, str) for key in layout):
+        return False
+    at = 0
+    for span in sorted(layout.values(), key=lambda span: span if isinstance(span, list) else []):
+        whole = isinstance(span, list) and len(span) == 2 and all(type(edge) is int for edge in span)
+        if not whole or not at <= span[0] <= span[1] <= width:
+            return False
+        at = span[1]
+    return True
 
 
 def default_codec(domain: str) -> Codec:
@@ -180,13 +213,13 @@ def encode(trajectory: Trajectory, codec: Codec | None = None) -> FileImage:
     validate(trajectory)
     t = trajectory
     codec = codec or default_codec(t.domain)
-    attributes = {
+    attributes: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "domain": t.domain,
         "task": t.task,
-        "episode": t.episode,
-        "seed": t.seed,
+        "episode": int(t.episode),
+        "seed": int(t.seed),
         "length": t.length,
         "return": t.total,
         "terminated": bool(t.terminated),
@@ -197,33 +230,12 @@ def encode(trajectory: Trajectory, codec: Codec | None = None) -> FileImage:
         attributes["success"] = bool(t.success)
     if t.state_layout is not None:
         attributes["state_layout"] = json.dumps(t.state_layout)
-    image = FileImage(b"", b"", codec)
-    with h5py.File(MEMORY_FILE, "w", driver="core", backing_store=False) as file:
-        for name in ARRAYS[1:]:
-            file.create_dataset(name, data=getattr(t, name))
-        if t.final_state is not None:
-            file.create_dataset("final_state", data=t.final_state)
-        # States come last: a chunked array then never moves the offsets of the others.
-        states = file.create_dataset("states", data=t.states, **_storage(t.states, codec))
-        for key, value in attributes.items():
-            file.attrs[key] = value
-        file.flush()
-        image.offsets, image.chunks = locate(file)
-        assert bool(image.chunks) == (states.chunks is not None)
-        image.data = file.id.get_file_image()
-    image.sha256 = hashlib.sha256(image.data).digest()
-    return image
-
-
-def _storage(states: np.ndarray, codec: Codec) -> dict:
-    """Keyword arguments of `create_dataset` for states under a codec."""
-    if codec == "none":
-        return {}
-    rows = min(len(states), IMAGE_CHUNK if states.ndim == 4 else VECTOR_CHUNK)
-    options: dict = {"chunks": (rows, *states.shape[1:]), "shuffle": states.ndim == 2}
-    if codec == "gzip":
-        return {**options, "compression": "gzip", "compression_opts": 4}
-    return {**options, **hdf5plugin.Zstd(clevel=3)}
+    arrays = {name: getattr(t, name) for name in ARRAYS[1:]}
+    if t.final_state is not None:
+        arrays["final_state"] = t.final_state
+    # States come last: a chunked array then never moves the offsets of the others.
+    data, offsets, chunks = build({**arrays, "states": t.states}, attributes, codec)
+    return FileImage(data, hashlib.sha256(data).digest(), codec, offsets, chunks)
 
 
 def locate(file: h5py.File) -> tuple[dict[str, int], list[tuple[int, int]]]:
@@ -278,57 +290,57 @@ def scan(path: Path) -> tuple[Trajectory, FileImage]:
     """Reads a trajectory file back into what `encode` knew when it was written; checks it as `read` does."""
     try:
         data = Path(path).read_bytes()
-        with h5py.File(h5py.h5f.open_file_image(data)) as file:
-            trajectory = _decode(file, path)
-            offsets, chunks = locate(file)
-            codec: Codec = "none"
-            if chunks:
-                codec = "gzip" if file["states"].compression == "gzip" else "zstd"
+    except OSError as error:
+        raise BadInput(f"{path}: not a whole trajectory file ({error.strerror})") from error
+    return scan_bytes(data, str(path))
+
+
+def scan_bytes(data: bytes, name: str) -> tuple[Trajectory, FileImage]:
+    """Does what `scan` does for a file that is in memory; `name` is what errors call it."""
+    try:
+        content = parse(data, REQUIRED, OPTIONAL, {*ARRAYS, "final_state"})
+        trajectory = _decode(content.attributes, content.arrays)
     except BadInput as error:
-        text = str(error)
-        raise BadInput(text if text.startswith(str(path)) else f"{path}: {text}") from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: not a whole trajectory file ({str(error).splitlines()[0]})") from error
-    return trajectory, FileImage(data, hashlib.sha256(data).digest(), codec, offsets, chunks)
+        raise BadInput(f"{name}: {error}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        raise BadInput(f"{name}: not a whole trajectory file ({said[0]})") from error
+    sha256 = hashlib.sha256(data).digest()
+    return trajectory, FileImage(data, sha256, content.codec, content.offsets, content.chunks)
 
 
-def _decode(file: h5py.File, path: Path) -> Trajectory:
-    attributes = dict(file.attrs)
-    if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
-        found = f"{attributes.get('format')!r} version {attributes.get('version')!r}"
-        raise BadInput(f"{path}: format is {found}, expected {FORMAT!r} version {VERSION}")
-    for name in (*ARRAYS, "final_state"):
-        link = file.get(name, getlink=True)
-        if name == "final_state" and link is None:
-            continue
-        # A link or a virtual array could make a download read other files of its user.
-        if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
-            raise BadInput(f"{path}: dataset {name} is missing or a link, expected an array in the file")
-        if file[name].is_virtual or file[name].external:
-            raise BadInput(f"{path}: dataset {name} points to other files, expected an array in the file")
-    arrays = {name: file[name][...] for name in ARRAYS}
-    success = attributes.get("success")
+def _decode(attributes: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
+    if attributes["format"] != FORMAT or attributes["version"] != VERSION:
+        found = f"{attributes['format']!r} version {attributes['version']!r}"
+        raise BadInput(f"format is {found}, expected {FORMAT!r} version {VERSION}")
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise BadInput(f"dataset {missing[0]} is missing")
     layout = attributes.get("state_layout")
+    try:
+        state_layout = None if layout is None else json.loads(layout)
+    except ValueError as error:
+        raise BadInput(f"attribute state_layout is no JSON ({error})") from error
     trajectory = Trajectory(
-        domain=str(attributes["domain"]),
-        task=str(attributes["task"]),
-        episode=int(attributes["episode"]),
-        seed=int(attributes["seed"]),
+        domain=attributes["domain"],
+        task=attributes["task"],
+        episode=attributes["episode"],
+        seed=attributes["seed"],
         states=arrays["states"],
         actions=arrays["actions"],
         rewards=arrays["rewards"],
-        terminated=bool(attributes["terminated"]),
-        truncated=bool(attributes["truncated"]),
-        source=str(attributes["source"]),
-        final_state=file["final_state"][...] if "final_state" in file else None,
-        success=None if success is None else bool(success),
-        state_layout=None if layout is None else json.loads(layout),
+        terminated=attributes["terminated"],
+        truncated=attributes["truncated"],
+        source=attributes["source"],
+        final_state=arrays.get("final_state"),
+        success=attributes.get("success"),
+        state_layout=state_layout,
     )
     validate(trajectory)
     for name in ("returns_to_go", "dones"):
         expected = getattr(trajectory, name)
         if arrays[name].dtype != expected.dtype or not np.array_equal(arrays[name], expected):
-            raise BadInput(f"{path}: {name} does not follow from rewards, terminated and truncated")
-    if int(attributes["length"]) != trajectory.length or float(attributes["return"]) != trajectory.total:
-        raise BadInput(f"{path}: attributes length and return do not agree with rewards")
+            raise BadInput(f"{name} does not follow from rewards, terminated and truncated")
+    if attributes["length"] != trajectory.length or attributes["return"] != trajectory.total:
+        raise BadInput("attributes length and return do not agree with rewards")
     return trajectory

@@ -1,9 +1,12 @@
 """Checks a dataset and says what is wrong with it; exits with 1 when anything is.
 
     lram check ROOT
+    lram check ROOT --quarantine DIR
     results = check_dataset(CheckSettings(root=Path("ROOT")))
 
-Tasks are checked in parallel over processes; a Prefect task is one task of the dataset.
+A Prefect task is one task of the dataset; its files are opened in ranges by a pool of processes, so that one large
+task is checked on all cores as well as many small ones. With `--quarantine`, bad trajectory files are moved out,
+never deleted, and what stays passes the next check.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from lram.datasets.check import TaskCheck, check_task
+from lram.datasets.check import TaskCheck, check_root, judge, look, members
 from lram.datasets.index import find_tasks
+from lram.datasets.quarantine import quarantine
 from lram.flows.processes import process_pool
 from lram.flows.progress import bar
 
 SHOWN = 50
 """Findings printed; the report and the return value hold all of them."""
+RANGE = 250
+"""Trajectories that a worker opens at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,18 @@ class CheckSettings:
     root: Path
     """Dataset directory."""
     workers: int = 0
-    """Tasks checked at once; 0 takes all cores."""
+    """Processes that open files; 0 takes all cores."""
+    quarantine: Path | None = None
+    """Folder that bad trajectory files are moved to, outside the dataset; by default they stay."""
 
 
 @task(task_run_name="check {folder.name}", cache_policy=NO_CACHE)
 def check(folder: Path, pool: ProcessPoolExecutor) -> TaskCheck:
-    """Checks one task in a worker process."""
-    return pool.submit(check_task, folder).result()
+    """Checks one task, its trajectories in worker processes."""
+    found, broken = members(folder)
+    ranges = [found[start : start + RANGE] for start in range(0, len(found), RANGE)]
+    seen = [item for looked in pool.map(look, [folder] * len(ranges), ranges) for item in looked]
+    return judge(folder, seen, broken)
 
 
 @flow(name="check", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
@@ -47,7 +58,7 @@ def check_dataset(settings: CheckSettings) -> list[TaskCheck]:
     """Checks every trajectory and index of a dataset.
 
     Returns:
-        One result per task, in order of names.
+        One result per task, in order of names; a last one, "dataset", when something concerns no single task.
     """
     folders = find_tasks(settings.root)
     results = []
@@ -55,7 +66,8 @@ def check_dataset(settings: CheckSettings) -> list[TaskCheck]:
         for future in [check.submit(folder, pool) for folder in folders]:
             results.append(future.result())
             step(1, f"{sum(len(result.findings) for result in results)} findings")
-    return results
+    common = check_root(settings.root)
+    return [*results, TaskCheck("dataset", findings=common)] if common else results
 
 
 def main(settings: CheckSettings) -> int:
@@ -66,8 +78,12 @@ def main(settings: CheckSettings) -> int:
         print(finding)
     if len(findings) > SHOWN:
         print(f"… and {len(findings) - SHOWN} more, all of them in the report (`lram report`)")
+    tasks = sum(result.task != "dataset" for result in results)
     trajectories = sum(result.trajectories for result in results)
     transitions = sum(result.transitions for result in results)
-    print(f"{len(results)} tasks, {trajectories:,} trajectories, {transitions:,} transitions: {len(findings)} findings")
+    print(f"{tasks} tasks, {trajectories:,} trajectories, {transitions:,} transitions: {len(findings)} findings")
+    if settings.quarantine and findings:
+        moved = quarantine(settings.root, results, settings.quarantine)
+        print(f"{moved} files moved to {settings.quarantine}; the indices of their tasks are rebuilt")
     print(settings.root)
     return 1 if findings else 0

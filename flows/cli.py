@@ -21,8 +21,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "index": ("index", "IndexSettings", "rebuild a dataset's indices from its files"),
     "check": ("check", "CheckSettings", "check a dataset; exit status 1 when anything is wrong"),
     "report": ("report", "ReportSettings", "write a dataset's quality report as HTML and JSON"),
+    "pack": ("pack", "PackSettings", "pack a dataset into one sharded Zarr store"),
+    "unpack": ("pack", "UnpackSettings", "unpack a Zarr store to the files it was made from"),
+    "export": ("export", "ExportSettings", "give a dataset to Minari or to the LRAM code"),
     "train": ("train", "TrainSettings", "train a policy on a dataset"),
     "evaluate": ("evaluate", "EvaluateSettings", "measure in-context learning, with intervals and a plot"),
+    "bench loader": ("bench", "LoaderBenchSettings", "measure the readers of training windows"),
 }
 
 

@@ -38,7 +38,7 @@ def show(result: dict[str, Any]) -> None:
             str(len(curve["tasks"])),
             f"{curve['first_trial']:.1f}",
             f"{curve['last_fifth']:.1f} [{low:.1f}, {high:.1f}]",
-            f"{curve['rise']:.2f}",
+            "–" if curve["rise"] is None else f"{curve['rise']:.2f}",
             f"{curve['random_mean']:.1f}",
             f"{curve['best_possible']:.1f}",
         )

@@ -73,6 +73,7 @@ def train_settings(settings: QuickstartSettings) -> TrainSettings:
         log_every=25,
         validate_every=200,
         save_every=100,
+        readers=1,
     )
 
 

@@ -3,7 +3,8 @@
     lram report ROOT
     page = report_dataset(ReportSettings(root=Path("ROOT")))
 
-The dataset is checked first, so that failures stand at the top of the page.
+The dataset is checked first, so that failures stand at the top of the page; the statistics are computed by dask
+over all cores.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
+from dask.callbacks import Callback
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -51,11 +54,18 @@ def report_dataset(settings: ReportSettings) -> Path:
     """
     checks = check_dataset(CheckSettings(settings.root, settings.workers))
     folders = find_tasks(settings.root)
-    statistics = []
+    duplicates = {result.task: result.duplicates for result in checks}
+    lazy = [
+        dask.delayed(task_statistics)(folder, duplicates.get(f"{folder.parent.name}/{folder.name}"))
+        for folder in folders
+    ]
     with process_pool(settings.workers) as pool, bar("report", len(folders), "tasks") as step:
-        for result in pool.map(task_statistics, folders):
-            statistics.append(result)
+
+        def advance(*_: object) -> None:
             step(1, "")
+
+        with Callback(posttask=advance):
+            statistics = list(dask.compute(*lazy, scheduler=pool))
     publish_artifact(settings.root, checks, statistics)
     return write_report(settings.root, checks, statistics, settings.out or settings.root / "report")
 

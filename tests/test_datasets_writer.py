@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import os
-import random
-import signal
+import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lram.datasets import writer as writer_module
-from lram.datasets.index import INDEX, read_index
+from lram.datasets.check import check_task
+from lram.datasets.index import find_tasks, read_index
 from lram.datasets.specs import BadInput
 from lram.datasets.writer import TaskWriter, finished
 
@@ -70,53 +68,69 @@ def test_foreign_trajectories_are_refused(make, tmp_path):
         assert len(task) == 1
 
 
-WRITER = """
-import sys
-import numpy as np
+# Forks writers of four tasks and kills each at a random moment, until `kills` have died of it; then lets them
+# finish. One process imports for all, so that the moments fall into the writing and not into the imports.
+KILLER = """
+import json, os, random, signal, sys, time
 from pathlib import Path
+import numpy as np
 from lram.datasets.trajectory import Trajectory
 from lram.datasets.writer import TaskWriter
 
-root, name = Path(sys.argv[1]), sys.argv[2]
-print("go", flush=True)
-with TaskWriter(root, "darkroom", name, {"maker": "killed"}) as writer:
-    for episode in range(writer.next_episode, 150):
-        rng = np.random.default_rng(episode)
-        states, rewards = rng.random((30, 2), np.float32), rng.random(30, np.float32)
-        writer.add(Trajectory("darkroom", name, episode, 0, states, rng.integers(0, 5, 30), rewards, False, True, "s"))
-        if episode % 20 == 0:
-            writer.flush()
-    writer.finish()
+root, wanted = Path(sys.argv[1]), int(sys.argv[2])
+names = ["one", "two", "three", "four"]
+
+def write(name):
+    with TaskWriter(root, "darkroom", name, {"maker": "killed"}) as writer:
+        for episode in range(writer.next_episode, 800):
+            rng = np.random.default_rng(episode)
+            states, rewards = rng.random((30, 2), np.float32), rng.random(30, np.float32)
+            actions = rng.integers(0, 5, 30)
+            writer.add(Trajectory("darkroom", name, episode, 0, states, actions, rewards, False, True, "s"))
+            if episode % 20 == 0:
+                writer.flush()
+        writer.finish()
+
+def start(name):
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            write(name)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+rng = random.Random(0)
+kills = temporaries = 0
+while kills < wanted:
+    running = [start(name) for name in names]
+    for child in rng.sample(running, 4):
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    temporaries += len(list(root.rglob(".*.tmp")))
+    if len(list(root.rglob("*.hdf5"))) == 3200:
+        break
+whole = [os.waitpid(child, 0)[1] for child in [start(name) for name in names]]
+print(json.dumps({"kills": kills, "temporaries": temporaries, "status": whole}))
 """
 
 
-def test_a_killed_writer_loses_nothing(tmp_path):
-    names = ["one", "two"]
+def test_killed_writers_lose_nothing(tmp_path, capsys):
+    def run(name: str, kills: int) -> dict:
+        command = [sys.executable, "-c", KILLER, str(tmp_path / name), str(kills)]
+        return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)
 
-    def start(root: Path) -> list[subprocess.Popen]:
-        run = [sys.executable, "-c", WRITER, str(root)]
-        return [subprocess.Popen([*run, name], stdout=subprocess.PIPE) for name in names]
-
-    for process in start(tmp_path / "whole"):
-        assert process.wait() == 0
-    rng = random.Random(0)
-    adopted = 0
-    for _ in range(10):
-        running = start(tmp_path / "killed")
-        for process in running:
-            process.stdout.readline()
-        time.sleep(rng.uniform(0.01, 0.12))
-        for process in running:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        for name in names:
-            with TaskWriter(tmp_path / "killed", "darkroom", name, {"maker": "killed"}) as task:
-                adopted += task.adopted
-                files = len(list((tmp_path / "killed" / "darkroom" / name).glob("*/*.hdf5")))
-                assert len(task) == files == task.next_episode
-    for process in start(tmp_path / "killed"):
-        assert process.wait() == 0
-    assert adopted > 0
+    assert run("whole", 0)["status"] == [0] * 4
+    killed = run("killed", 50)
+    assert killed["status"] == [0] * 4
+    assert killed["kills"] >= 50
+    with capsys.disabled():
+        print(f"\n{killed['kills']} writers killed, {killed['temporaries']} of them within a file")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert read_index(tmp_path / "killed" / "darkroom" / "one").meta["complete"]
-    assert (tmp_path / "killed" / "darkroom" / "two" / INDEX).exists()
+    for folder in find_tasks(tmp_path / "killed"):
+        assert read_index(folder).meta["complete"]
+        result = check_task(folder)
+        assert (result.trajectories, result.findings) == (800, [])

@@ -13,7 +13,17 @@ import torch
 
 from lram.datasets.specs import BadInput
 from lram.model.policy import Policy, PolicySettings
-from lram.train.checkpoint import WEIGHTS, State, best, checkpoints, find, load_optimizer, load_policy, load_weights, save
+from lram.train.checkpoint import (
+    WEIGHTS,
+    State,
+    best,
+    checkpoints,
+    find,
+    load_optimizer,
+    load_policy,
+    load_weights,
+    save,
+)
 
 TINY = {"backbone": "dt", "size": "tiny", "slstm": False, "max_steps": 4, "image": False}
 

@@ -147,8 +147,10 @@ def test_goal_sets_are_disjoint_and_of_the_same_rooms():
 def test_key_figures_are_of_the_first_trial_and_the_last_fifth():
     returns = np.arange(20.0)[:, None, None] + np.zeros((20, 4, 2))
     curve = {"policy": summarise(returns, 0), "random": summarise(returns * 0 + 3, 0)}
-    assert key_figures(curve) == {"first_trial": 0, "last_fifth": 17.5, "rise": 17.5 / 1e-9, "random_mean": 3}
-    assert curve["policy"]["low"] == curve["policy"]["high"] == list(range(20))
+    assert key_figures(curve) == {"first_trial": 0, "last_fifth": 17.5, "rise": None, "random_mean": 3}
+    curve["policy"] = summarise(returns + 1, 0)
+    assert key_figures(curve)["rise"] == 18.5
+    assert curve["policy"]["low"] == curve["policy"]["high"] == list(range(1, 21))
 
 
 def test_an_evaluation_writes_results_and_plot(rooms_run, tmp_path):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,48 +47,66 @@ def test_an_interrupted_run_continues_the_same_curve(rooms, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(settings_for(rooms, tmp_path / "cut"), interrupt)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "cut")] == ["update-000000005"]
+    # Every fifth update is saved, and the sixth, whose validation was the best so far.
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "cut")] == ["update-000000006"]
     train(settings_for(rooms, tmp_path / "cut"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     weights = [(checkpoint.find(tmp_path / run) / checkpoint.WEIGHTS).read_bytes() for run in ("whole", "cut")]
     assert weights[0] == weights[1]
 
 
-def torchrun(processes: int, settings: TrainSettings) -> None:
-    given = {key: value for key, value in vars(settings).items() if key != "root" and value != TrainSettings.__dict__[key]}
-    flags = [text for key, value in given.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+def torchrun(processes: int, settings: TrainSettings) -> subprocess.Popen:
+    changed = {key: value for key, value in vars(settings).items() if value != TrainSettings.__dict__.get(key)}
+    root = changed.pop("root")
+    flags = [text for key, value in changed.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*run, "-m", "lram.train", str(settings.root), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(settings.out)
+    command = [*run, "-m", "lram.train", str(root), *flags]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
-def test_two_processes_train_like_one_with_twice_the_batch(rooms, write, tmp_path):
-    # Images and vectors together: the last micro-batch leaves one of the encoders without a gradient.
+@pytest.fixture
+def mixed(rooms, write, tmp_path) -> Path:
+    """Images and vectors: the last micro-batch leaves one of the encoders without a gradient."""
     root = tmp_path / "mixed"
     write(root, "procgen", "bigfish", count=4)
-    for task in (rooms / "darkroom").iterdir():
-        (root / "darkroom").mkdir(exist_ok=True)
-        (root / "darkroom" / task.name).symlink_to(task)
-    for backbone in ("xlstm", "dt"):
-        one = settings_for(root, tmp_path / f"one-{backbone}", backbone=backbone, context=8)
-        train(one)
-        two = replace(one, out=tmp_path / f"two-{backbone}")
-        torchrun(2, two)
-        assert np.allclose(losses(two.out), losses(one.out), atol=1e-5)
-    # A run of two processes is continued by one: the checkpoint at update 10 is the last before the end.
-    lines = (two.out / "log.jsonl").read_text()
-    for folder in checkpoint.checkpoints(two.out):
-        if folder.name != "update-000000010":
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
-    if checkpoint.checkpoints(two.out):
-        train(two)
-        assert np.allclose(losses(two.out), losses(one.out), atol=1e-5)
-        assert len(lines.splitlines()) == 12
+    shutil.copytree(rooms / "darkroom", root / "darkroom")
+    return root
+
+
+@pytest.mark.parametrize("backbone", ["xlstm", "mamba", "dt"])
+def test_two_processes_train_like_one_with_twice_the_batch(mixed, tmp_path, backbone):
+    one = settings_for(mixed, tmp_path / "one", backbone=backbone, context=8)
+    train(one)
+    two = replace(one, out=tmp_path / "two")
+    process = torchrun(2, two)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == str(two.out)
+    assert len(losses(two.out)) == 12
+    assert np.allclose(losses(two.out), losses(one.out), atol=1e-5)
+
+
+def test_one_process_continues_a_run_of_two(mixed, tmp_path):
+    settings = settings_for(mixed, tmp_path / "one", context=8, updates=40, save_every=5, validate_every=40)
+    train(settings)
+    cut = replace(settings, out=tmp_path / "cut")
+    process = torchrun(2, cut)
+    while not checkpoint.checkpoints(cut.out):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert 5 <= checkpoint.read_state(checkpoint.find(cut.out)).update < 40
+    train(cut)
+    assert len(losses(cut.out)) == 40
+    assert np.allclose(losses(cut.out), losses(settings.out), atol=1e-5)
 
 
 def test_all_kinds_of_domains_train_together(write, tmp_path):
@@ -144,7 +165,7 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
 
 def test_the_same_seed_gives_the_same_weights(rooms, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.rand(int(ord(name)))  # whatever was drawn before does not matter
+        torch.rand(ord(name))  # whatever was drawn before does not matter
         train(settings_for(rooms, tmp_path / name, updates=2, seed=seed))
     first, second, other = (losses(tmp_path / name) for name in "abc")
     assert first == second != other

@@ -256,13 +256,13 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> di
     return result
 
 
-def key_figures(curves: dict[str, Any]) -> dict[str, float]:
-    """Returns the first trial's mean, the last fifth's, their ratio, and the random policy's mean."""
+def key_figures(curves: dict[str, Any]) -> dict[str, float | None]:
+    """Returns the first trial's mean, the last fifth's, their ratio (None over 0), and the random policy's mean."""
     mean = np.array(curves["policy"]["mean"])
     last = float(mean[-max(1, len(mean) // 5) :].mean())
     random = float(np.mean(curves["random"]["mean"]))
     first = float(mean[0])
-    return {"first_trial": first, "last_fifth": last, "rise": last / max(first, 1e-9), "random_mean": random}
+    return {"first_trial": first, "last_fifth": last, "rise": last / first if first else None, "random_mean": random}
 
 
 GOALS = {"training": "training", "holdout": "hold-out"}
@@ -288,5 +288,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return")
-    axes[0].legend(loc="center right", fontsize=8)
+    axes[0].legend(loc="center right", bbox_to_anchor=(1, 0.3), fontsize=8)
     figure.savefig(path, metadata={"Software": None})

@@ -17,17 +17,17 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from lram.datasets.ahead import batches_ahead
 from lram.datasets.index import fingerprint
 from lram.datasets.specs import BadInput
 from lram.datasets.windows import Batch, Windows, WindowSettings
@@ -76,7 +76,9 @@ class TrainSettings:
     validate_every: int = 500
     """Updates between two measurements of validation perplexity."""
     save_every: int = 500
-    """Updates between two checkpoints."""
+    """Updates between two checkpoints; one is also written whenever validation perplexity is the lowest so far."""
+    readers: int = 2
+    """Processes that read windows ahead; 0 reads them between updates."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is one."""
 
@@ -147,24 +149,6 @@ def negative_log_likelihood(policy: torch.nn.Module, batch: Batch, ranks: Ranks)
     return action_loss(logits, put(batch.actions), put(batch.mask), batch.domain, dims)
 
 
-def prefetched(
-    windows: Windows, settings: TrainSettings, first: int, ranks: Ranks
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Yields (update, batches) from `first` on, the next ones read by a thread while this one is used."""
-
-    def read(update: int) -> list[Batch]:
-        part = ranks.rank, ranks.of
-        return list(windows.batches(update, "train", settings.per_domain, settings.seed, part))
-
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(read, update) for update in range(first, min(first + 2, settings.updates))]
-        for update in range(first, settings.updates):
-            batches = pending.pop(0).result()
-            if update + 2 < settings.updates:
-                pending.append(pool.submit(read, update + 2))
-            yield update, batches
-
-
 @torch.no_grad()
 def perplexities(policy: Policy, windows: Windows, settings: TrainSettings, ranks: Ranks) -> dict[str, float]:
     """Measures validation perplexity by domain on windows that are the same at every call."""
@@ -214,6 +198,7 @@ def _count(batch: Batch) -> int:
 
 
 Report = Callable[[dict[str, Any]], None]
+Item = TypeVar("Item")
 
 
 def train(settings: TrainSettings, report: Report | None = None) -> Path:
@@ -237,11 +222,9 @@ def train(settings: TrainSettings, report: Report | None = None) -> Path:
             dist.destroy_process_group()
 
 
-def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> Path:
-    if settings.per_domain % ranks.of:
-        raise BadInput(f"--per-domain {settings.per_domain} does not divide over {ranks.of} processes")
+def _build(settings: TrainSettings, windows: Windows, device: torch.device) -> tuple[Policy, torch.optim.Optimizer]:
+    """Makes the policy that the data calls for, and its optimizer."""
     torch.manual_seed(settings.seed)
-    windows = Windows.open(settings.root, WindowSettings(settings.context, settings.episodes, settings.gap))
     policy = Policy(
         PolicySettings(
             backbone=settings.backbone,
@@ -250,18 +233,24 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> Path:
             max_steps=max(windows.steps(domain) for domain in windows.tasks),
             image=any(group[0].domain.state == "image" for group in windows.tasks.values()),
         )
-    ).to(ranks.device)
+    ).to(device)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in policy.named_parameters():
         groups[decayed(name, parameter)].append(parameter)
+    decays = ((True, settings.weight_decay), (False, 0.0))
     optimizer = torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": settings.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
+        [{"params": groups[matrix], "weight_decay": decay} for matrix, decay in decays],
         lr=settings.learning_rate,
         fused=True,
     )
+    return policy, optimizer
+
+
+def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> Path:
+    if settings.per_domain % ranks.of:
+        raise BadInput(f"--per-domain {settings.per_domain} does not divide over {ranks.of} processes")
+    windows = Windows.open(settings.root, WindowSettings(settings.context, settings.episodes, settings.gap))
+    policy, optimizer = _build(settings, windows, ranks.device)
     state = checkpoint.State(
         policy=dataclasses.asdict(policy.settings),
         train=_plain(settings),
@@ -275,47 +264,75 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> Path:
         places = [ranks.device] if ranks.device.type == "cuda" else None
         wrapped = DistributedDataParallel(policy, device_ids=places)
     log = _Log(settings.out, state.update, report) if ranks.rank == 0 else None
-    began, first = time.monotonic(), state.update
-    waited = 0.0
-    asked = time.monotonic()
-    for update, batches in prefetched(windows, settings, first, ranks):
-        waited += time.monotonic() - asked
-        rate = learning_rate(settings, update)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        losses = do_update(wrapped, batches, settings, ranks)
-        if not torch.isfinite(losses).all():
-            path = settings.out / f"bad-batch-rank{ranks.rank}.npz"
-            arrays = {f"{b.domain.name}/{k}": v for b in batches for k, v in vars(b).items() if k != "domain"}
-            np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-            raise BadInput(f"loss is not finite at update {update}; the batch is saved in {path}")
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip)
-        optimizer.step()
-        done = update + 1
-        state.update = done
-        end = done == settings.updates
-        if done % settings.validate_every == 0 or end:
-            state.perplexity = perplexities(policy, windows, settings, ranks)
-            mean = sum(state.perplexity.values()) / max(1, len(state.perplexity))
-            if state.perplexity and mean < state.best[0]:
-                state.best = (mean, done)
-        if log and (done % settings.log_every == 0 or end or done == first + 1):
-            seconds = time.monotonic() - began
-            line = {"update": done, "updates": settings.updates, "loss": losses.mean().item()}
-            line |= {f"loss/{b.domain.name}": loss.item() for b, loss in zip(batches, losses)}
-            line |= {"learning_rate": rate, "gradient_norm": norm.item(), "seconds": seconds}
-            line["windows_per_second"] = (done - first) * settings.per_domain * len(batches) / seconds
-            line["waiting_for_data"] = waited / seconds
+    updates, part = range(state.update, settings.updates), (ranks.rank, ranks.of)
+    clock = _Clock()
+    with closing(
+        batches_ahead(windows, updates, "train", settings.per_domain, settings.seed, part, settings.readers)
+    ) as reading:
+        for update, batches in clock.waiting(reading):
+            rate = learning_rate(settings, update)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            losses = do_update(wrapped, batches, settings, ranks)
+            if not torch.isfinite(losses).all():
+                raise BadInput(
+                    f"loss is not finite at update {update}; the batch is in {_keep(batches, settings, ranks)}"
+                )
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip)
+            optimizer.step()
+            state.update = done = update + 1
+            end = done == settings.updates
+            line: dict[str, Any] = {"update": done, "updates": settings.updates, "loss": losses.mean().item()}
+            line |= {f"loss/{batch.domain.name}": loss.item() for batch, loss in zip(batches, losses)}
+            line |= {"learning_rate": rate, "gradient_norm": norm.item()}
+            better = False
             if done % settings.validate_every == 0 or end:
+                state.perplexity = perplexities(policy, windows, settings, ranks)
                 line |= {f"perplexity/{name}": value for name, value in state.perplexity.items()}
-            log.write(line)
-        if ranks.rank == 0 and (done % settings.save_every == 0 or end):
-            checkpoint.save(settings.out, state, policy, optimizer)
-        asked = time.monotonic()
+                mean = sum(state.perplexity.values()) / max(1, len(state.perplexity))
+                if state.perplexity and mean < state.best[0]:
+                    state.best, better = (mean, done), True
+            if log and (done % settings.log_every == 0 or end or update == updates[0]):
+                windows_read = (done - updates[0]) * settings.per_domain * len(batches)
+                log.write(line | clock.line(windows_read))
+            if ranks.rank == 0 and (done % settings.save_every == 0 or better or end):
+                checkpoint.save(settings.out, state, policy, optimizer)
     if log:
         log.close()
     return settings.out
+
+
+def _keep(batches: list[Batch], settings: TrainSettings, ranks: Ranks) -> Path:
+    """Saves the batches of an update that went wrong."""
+    path = settings.out / f"bad-batch-rank{ranks.rank}.npz"
+    arrays = {f"{batch.domain.name}/{k}": v for batch in batches for k, v in vars(batch).items() if k != "domain"}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+class _Clock:
+    """Seconds since the start, and how many of them went by waiting for windows."""
+
+    def __init__(self) -> None:
+        self.began, self.waited = time.monotonic(), 0.0
+
+    def waiting(self, reading: Iterator[Item]) -> Iterator[Item]:
+        """Passes items on, counting the time until each is there."""
+        asked = time.monotonic()
+        for item in reading:
+            self.waited += time.monotonic() - asked
+            yield item
+            asked = time.monotonic()
+
+    def line(self, windows: int) -> dict[str, float]:
+        """Returns what the log says of `windows` windows trained on so far."""
+        seconds = time.monotonic() - self.began
+        return {
+            "seconds": seconds,
+            "windows_per_second": windows / seconds,
+            "waiting_for_data": self.waited / seconds,
+        }
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
@@ -323,7 +340,7 @@ def _plain(settings: TrainSettings) -> dict[str, Any]:
 
 
 # Settings that may change when a run is continued: they do not touch the curve.
-FREE = {"root", "out", "log_every", "validate_every", "save_every", "device"}
+FREE = {"root", "out", "readers", "log_every", "validate_every", "save_every", "device"}
 
 
 def _resume(
