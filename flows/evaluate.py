@@ -12,7 +12,7 @@ from prefect import flow
 from rich.table import Table
 
 from lram.flows.progress import bar, console
-from lram.train.evaluate import EvaluateSettings, evaluate, results_folder
+from lram.train.evaluate import GOALS, EvaluateSettings, evaluate, results_folder
 
 
 @flow(name="evaluate")
@@ -29,15 +29,16 @@ def evaluate_policy(settings: EvaluateSettings) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints the curves' key figures as a table."""
-    table = Table("goals", "tasks", "first trial", "last fifth of trials", "× first", "random", "best possible")
+    table = Table("goals", "tasks", "first trial", "last fifth", "95 %", "last / first", "random", "best possible")
     for which, curve in result["curves"].items():
         fifth = max(1, len(curve["policy"]["mean"]) // 5)
         low, high = (sum(curve["policy"][end][-fifth:]) / fifth for end in ("low", "high"))
         table.add_row(
-            which,
+            GOALS[which],
             str(len(curve["tasks"])),
             f"{curve['first_trial']:.1f}",
-            f"{curve['last_fifth']:.1f} [{low:.1f}, {high:.1f}]",
+            f"{curve['last_fifth']:.1f}",
+            f"{low:.1f}–{high:.1f}",
             "–" if curve["rise"] is None else f"{curve['rise']:.2f}",
             f"{curve['random_mean']:.1f}",
             f"{curve['best_possible']:.1f}",

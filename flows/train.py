@@ -34,7 +34,10 @@ def train_policy(settings: TrainSettings) -> Path:
             step(line["update"] - done, note)
             done = line["update"]
 
-        return train(settings, report)
+        out = train(settings, report)
+        if not done:  # the run was complete already
+            step(settings.updates, "complete")
+        return out
 
 
 def main(settings: TrainSettings) -> int:
