@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from lram.datasets.index import SCHEMA, task_folder, trajectory_path, write_index
 from lram.datasets.specs import BadInput, tasks
-from lram.datasets.trajectory import IMAGE_SIDE, Trajectory
+from lram.datasets.trajectory import IMAGE_CHUNK, IMAGE_SIDE, VECTOR_CHUNK, Trajectory
 
 GAMES = (
     *("breakout", "pong", "seaquest", "space_invaders", "qbert"),
@@ -216,7 +216,7 @@ def write_synthetic_index(root: Path, trajectories: int) -> None:
         image = domain in ("atari", "procgen")
         chunked = image or domain == "composuite"
         lengths = rng.integers(100, 400, per_task)
-        counts = -(-lengths // (64 if image else 256)) if chunked else np.zeros(per_task, np.int64)
+        counts = -(-lengths // (IMAGE_CHUNK if image else VECTOR_CHUNK)) if chunked else np.zeros(per_task, np.int64)
         lists = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         sizes = rng.integers(1000, 40_000, lists[-1])
         offsets = pa.array(rng.integers(2048, 10**6, per_task))
