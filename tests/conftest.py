@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from lram.collectors.specialists import DarkRoomSettings, tasks_of, train_goal
 from lram.datasets.trajectory import Trajectory
 from lram.datasets.writer import TaskWriter
 
 torch.set_num_threads(1)
+# Speed is measured in `lram bench`, never asserted in a test.
+settings.register_profile("lram", deadline=None)
+settings.load_profile("lram")
 
 Make = Callable[..., Trajectory]
 
