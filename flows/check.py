@@ -55,7 +55,7 @@ def check(folder: Path, pool: ProcessPoolExecutor) -> TaskCheck:
 
 @flow(name="check", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
 def check_dataset(settings: CheckSettings) -> list[TaskCheck]:
-    """Checks every trajectory and index of a dataset.
+    """Checks every trajectory and index of a dataset, and moves bad files out where the settings say so.
 
     Returns:
         One result per task, in order of names; a last one, "dataset", when something concerns no single task.
@@ -67,7 +67,12 @@ def check_dataset(settings: CheckSettings) -> list[TaskCheck]:
             results.append(future.result())
             step(1, f"{sum(len(result.findings) for result in results)} findings")
     common = check_root(settings.root)
-    return [*results, TaskCheck("dataset", findings=common)] if common else results
+    if common:
+        results.append(TaskCheck("dataset", findings=common))
+    if settings.quarantine and any(result.findings for result in results):
+        moved = quarantine(settings.root, results, settings.quarantine)
+        print(f"{moved} files moved to {settings.quarantine}; the indices of their tasks are rebuilt")
+    return results
 
 
 def main(settings: CheckSettings) -> int:
@@ -82,8 +87,5 @@ def main(settings: CheckSettings) -> int:
     trajectories = sum(result.trajectories for result in results)
     transitions = sum(result.transitions for result in results)
     print(f"{tasks} tasks, {trajectories:,} trajectories, {transitions:,} transitions: {len(findings)} findings")
-    if settings.quarantine and findings:
-        moved = quarantine(settings.root, results, settings.quarantine)
-        print(f"{moved} files moved to {settings.quarantine}; the indices of their tasks are rebuilt")
     print(settings.root)
     return 1 if findings else 0
