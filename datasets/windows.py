@@ -146,9 +146,14 @@ class Windows:
         return chain * max(int(task.lengths.max()) for task in self.tasks[domain])
 
     @property
+    def every_task(self) -> list[TaskReader]:
+        """Readers of every task, domain after domain."""
+        return [task for tasks in self.tasks.values() for task in tasks]
+
+    @property
     def transitions(self) -> int:
         """Number of transitions in the dataset."""
-        return sum(int(task.lengths.sum()) for tasks in self.tasks.values() for task in tasks)
+        return sum(int(task.lengths.sum()) for task in self.every_task)
 
     def batches(
         self,

@@ -122,18 +122,16 @@ def start_ranks(device: str) -> Ranks:
 
 def describe(windows: Windows) -> dict[str, Any]:
     """Says which data a run saw: tasks, transitions, and one hash over the indices."""
-    readers = [reader for group in windows.tasks.values() for reader in group]
     return {
-        "tasks": sorted(f"{reader.domain.name}/{reader.task}" for reader in readers),
+        "tasks": sorted(f"{task.domain.name}/{task.task}" for task in windows.every_task),
         "transitions": windows.transitions,
-        "sha256": fingerprint([reader.folder for reader in readers]),
+        "sha256": fingerprint([task.folder for task in windows.every_task]),
     }
 
 
 def target_returns(windows: Windows) -> dict[str, float]:
     """Returns the best return in the data, by "<domain>/<task>"."""
-    readers = [reader for group in windows.tasks.values() for reader in group]
-    return {f"{reader.domain.name}/{reader.task}": float(reader.returns.max()) for reader in readers}
+    return {f"{task.domain.name}/{task.task}": float(task.returns.max()) for task in windows.every_task}
 
 
 def negative_log_likelihood(policy: torch.nn.Module, batch: Batch, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -283,19 +281,21 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report) -> Path:
             optimizer.step()
             state.update = done = update + 1
             end = done == settings.updates
-            line: dict[str, Any] = {"update": done, "updates": settings.updates, "loss": losses.mean().item()}
-            line |= {f"loss/{batch.domain.name}": loss.item() for batch, loss in zip(batches, losses)}
-            line |= {"learning_rate": rate, "gradient_norm": norm.item()}
-            better = False
-            if done % settings.validate_every == 0 or end:
+            measured, better = done % settings.validate_every == 0 or end, False
+            if measured:
                 state.perplexity = perplexities(policy, windows, settings, ranks)
-                line |= {f"perplexity/{name}": value for name, value in state.perplexity.items()}
                 mean = sum(state.perplexity.values()) / max(1, len(state.perplexity))
                 if state.perplexity and mean < state.best[0]:
                     state.best, better = (mean, done), True
             if log and (done % settings.log_every == 0 or end or update == updates[0]):
-                windows_read = (done - updates[0]) * settings.per_domain * len(batches)
-                log.write(line | clock.line(windows_read))
+                # Made here and not at every update: each number read from the device waits for it.
+                line: dict[str, Any] = {"update": done, "updates": settings.updates, "loss": losses.mean().item()}
+                line |= {f"loss/{batch.domain.name}": loss.item() for batch, loss in zip(batches, losses)}
+                line |= {"learning_rate": rate, "gradient_norm": norm.item()}
+                line |= clock.line((done - updates[0]) * settings.per_domain * len(batches))
+                if measured:
+                    line |= {f"perplexity/{name}": value for name, value in state.perplexity.items()}
+                log.write(line)
             if ranks.rank == 0 and (done % settings.save_every == 0 or better or end):
                 checkpoint.save(settings.out, state, policy, optimizer)
     if log:
