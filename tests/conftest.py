@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,22 @@ def write(make: Make) -> Callable[..., Path]:
         return root / domain / task
 
     return write
+
+
+@pytest.fixture(scope="session")
+def in_pieces() -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Runs a backbone's `step` over pieces of a sequence, whose lengths are `cuts` in turn."""
+
+    def run(model, x, cuts, state=None):
+        outputs, start = [], 0
+        while start < x.shape[1]:
+            size = cuts[len(outputs) % len(cuts)]
+            y, state = model.step(x[:, start : start + size], state)
+            outputs.append(y)
+            start += size
+        return torch.cat(outputs, 1), state
+
+    return run
 
 
 @pytest.fixture(scope="session")

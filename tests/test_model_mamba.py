@@ -69,16 +69,6 @@ def test_scan_of_a_batch_too_large_for_one_piece():
         torch.testing.assert_close(selective_scan(*inputs), loop(*inputs), rtol=1e-4, atol=1e-4)
 
 
-def in_pieces(model, x, cuts, state=None):
-    outputs, start = [], 0
-    while start < x.shape[1]:
-        size = cuts[len(outputs) % len(cuts)]
-        y, state = model.step(x[:, start : start + size], state)
-        outputs.append(y)
-        start += size
-    return torch.cat(outputs, 1), state
-
-
 @settings(max_examples=12, deadline=None)
 @given(
     layers=st.sampled_from([2, 8]),
@@ -86,7 +76,7 @@ def in_pieces(model, x, cuts, state=None):
     cuts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
     seed=st.integers(0, 99),
 )
-def test_step_in_pieces_equals_forward(layers, length, cuts, seed):
+def test_step_in_pieces_equals_forward(in_pieces, layers, length, cuts, seed):
     torch.manual_seed(seed)
     model = Mamba(layers, WIDTH)
     x = torch.randn(2, length, WIDTH)
@@ -94,7 +84,7 @@ def test_step_in_pieces_equals_forward(layers, length, cuts, seed):
         torch.testing.assert_close(in_pieces(model, x, cuts)[0], model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_600_tokens_in_control_steps():
+def test_600_tokens_in_control_steps(in_pieces):
     torch.manual_seed(0)
     model = Mamba(2, WIDTH)
     x = torch.randn(2, 600, WIDTH)
@@ -131,7 +121,7 @@ def test_block_equals_the_definition():
         torch.testing.assert_close(parameter.grad / scale, expected_grads[name] / scale, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_reset_slot_is_fresh_while_others_go_on():
+def test_reset_slot_is_fresh_while_others_go_on(in_pieces):
     torch.manual_seed(0)
     model = Mamba(2, WIDTH)
     x = torch.randn(3, 30, WIDTH)

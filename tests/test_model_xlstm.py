@@ -40,16 +40,6 @@ def reference(model, length):
     return stack
 
 
-def in_pieces(model, x, cuts, state=None):
-    outputs, start = [], 0
-    while start < x.shape[1]:
-        size = cuts[len(outputs) % len(cuts)]
-        y, state = model.step(x[:, start : start + size], state)
-        outputs.append(y)
-        start += size
-    return torch.cat(outputs, 1), state
-
-
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("length", [1, 90, 150])
 def test_equals_package(stack, length):
@@ -90,7 +80,7 @@ def test_initialises_as_package():
     cuts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
     seed=st.integers(0, 99),
 )
-def test_step_in_pieces_equals_forward(stack, length, cuts, seed):
+def test_step_in_pieces_equals_forward(in_pieces, stack, length, cuts, seed):
     model = build(*stack, seed)
     x = torch.randn(2, length, WIDTH)
     with torch.no_grad():
@@ -98,7 +88,7 @@ def test_step_in_pieces_equals_forward(stack, length, cuts, seed):
 
 
 @pytest.mark.parametrize("slstm_at", [(), (1,)])
-def test_600_tokens_in_control_steps(slstm_at):
+def test_600_tokens_in_control_steps(in_pieces, slstm_at):
     model = build(2, slstm_at)
     x = torch.randn(2, 600, WIDTH)
     with torch.no_grad():
@@ -112,7 +102,7 @@ def test_600_tokens_in_control_steps(slstm_at):
     assert shapes[:half] == shapes[half:], "the state grows with the sequence"
 
 
-def test_gradient_through_pieces_equals_forward():
+def test_gradient_through_pieces_equals_forward(in_pieces):
     model = build(2, (1,))
     x = torch.randn(2, 20, WIDTH)
     weights = torch.randn_like(x)
@@ -125,7 +115,7 @@ def test_gradient_through_pieces_equals_forward():
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_reset_slot_is_fresh_while_others_go_on():
+def test_reset_slot_is_fresh_while_others_go_on(in_pieces):
     model = build(2, (1,))
     x = torch.randn(3, 30, WIDTH)
     done = torch.tensor([False, True, False])
