@@ -15,7 +15,6 @@ What it trades away: Dark-Room runs at 25,000 to 40,000 steps a second, so nothi
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from lram.collectors.darkroom import Room, make, parse_task, rooms, task_name
 from lram.collectors.recorder import Recorder
 from lram.datasets.index import read_index, task_folder
 from lram.datasets.specs import BadInput
-from lram.datasets.writer import TaskWriter, finished
+from lram.datasets.writer import TaskWriter, finished, same_provenance
 
 DOMAIN = "darkroom"
 
@@ -108,7 +107,8 @@ def train_goal(settings: DarkRoomSettings, task: str, root: Path) -> dict[str, A
             _train(settings, room, seed, writer)
             writer.finish()
     else:
-        _same_settings(old, provenance, task_folder(root, DOMAIN, task))
+        # A finished goal stays finished when a library is updated: only settings count.
+        same_provenance(old, provenance, task_folder(root, DOMAIN, task), free=frozenset({"source"}))
     index = read_index(task_folder(root, DOMAIN, task))
     returns = index.numpy("return")
     tenth = max(1, len(returns) // 10)
@@ -173,14 +173,3 @@ def _source() -> str:
 def _provenance(settings: DarkRoomSettings) -> dict[str, Any]:
     """Returns what decides the content of a goal's files, with a key for every setting."""
     return {"collector": "darkroom", "algorithm": "PPO", **asdict(settings), "source": _source()}
-
-
-def _same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    new = json.loads(json.dumps(new))
-    # A finished goal stays finished when a library is updated: only settings count.
-    for key in sorted((old.keys() | new.keys()) - {"source"}):
-        if old.get(key) != new.get(key):
-            raise BadInput(
-                f"{folder}: was made with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
-                "choose another dataset directory, or remove this folder"
-            )

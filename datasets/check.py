@@ -12,7 +12,6 @@ price of a check is one pass over the data.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -28,6 +27,7 @@ from lram.datasets.index import (
     DESCRIPTION,
     INDEX,
     NAME,
+    SHARDS,
     TRAJECTORY_PATH,
     TaskIndex,
     check_place,
@@ -40,7 +40,6 @@ from lram.datasets.index import (
 from lram.datasets.specs import DOMAINS, BadInput
 from lram.datasets.trajectory import Trajectory, scan_bytes
 
-SHARDS = "shard-*.tar"
 LIMIT_SHOWN = 20
 """A time limit counts as known when this many trajectories of a task were truncated at it."""
 BELONGS = re.compile(r"index\.parquet|shard-\d{5,}\.tar|\d{3,}")
@@ -425,8 +424,3 @@ def _description(root: Path) -> list[str]:
             said = f"{counts[name][0]} trajectories of {counts[name][1]}" if name in counts else "nothing"
             problems.append(f"says {said} transitions of {name}, its index {actual[0]} of {actual[1]}")
     return [f"{problem}, run `lram index`" for problem in problems]
-
-
-def as_json(results: list[TaskCheck]) -> list[dict[str, Any]]:
-    """Returns checks as plain data for the report and for JSON."""
-    return [dataclasses.asdict(result) for result in results]

@@ -58,6 +58,7 @@ SCHEMA = pa.schema(
 
 SHARD_SCHEMA = pa.schema([*SCHEMA, ("shard", pa.string()), ("member_offset", pa.int64())])
 """The index of a task in tar shards: which one holds a trajectory's file, and at which byte the file starts."""
+SHARDS = "shard-*.tar"
 SHARD_NAME = "shard-[0-9]{5,}[.]tar"
 
 
@@ -236,7 +237,7 @@ def rebuild(folder: Path) -> TaskIndex:
             whose index comes with it.
     """
     folder = Path(folder)
-    if any(folder.glob("shard-*.tar")):
+    if any(folder.glob(SHARDS)):
         raise BadInput(f"{folder}: holds tar shards, whose index cannot be rebuilt: fetch it again")
     meta: dict[str, Any] = {"domain": folder.parent.name, "task": folder.name}
     meta |= {"complete": False, "provenance": {}}

@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lram.datasets.check import SHARDS, TaskCheck
-from lram.datasets.index import DESCRIPTION, TRAJECTORY_PATH, rebuild, write_description, write_index
+from lram.datasets.check import TaskCheck
+from lram.datasets.index import DESCRIPTION, SHARDS, TRAJECTORY_PATH, rebuild, write_description, write_index
 from lram.datasets.specs import BadInput
 
 

@@ -12,6 +12,7 @@ bytes. What comes from files reaches the page as text, never as markup.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import defaultdict
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lram.datasets.check import TaskCheck, as_json
+from lram.datasets.check import TaskCheck
 from lram.datasets.index import fingerprint
 from lram.datasets.specs import DOMAINS, tasks
 from lram.datasets.trajectory import write_whole
@@ -92,7 +93,7 @@ def summarise(root: Path, checks: list[TaskCheck], statistics: list[dict[str, An
         },
         "failures": failures,
         "domains": domains,
-        "checks": as_json(checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
         "statistics": statistics,
     }
 

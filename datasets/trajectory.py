@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from lram.datasets.hdf5 import IMAGE_CHUNK, VECTOR_CHUNK, Codec, build, parse
@@ -26,7 +25,7 @@ from lram.datasets.specs import DOMAINS, IMAGE_SIDE, BadInput
 
 __all__ = [
     "ARRAYS", "FORMAT", "IMAGE_CHUNK", "VECTOR_CHUNK", "VERSION", "Codec", "FileImage", "Trajectory",
-    "default_codec", "encode", "locate", "read", "scan", "scan_bytes", "validate", "write_whole",
+    "default_codec", "encode", "read", "scan", "scan_bytes", "validate", "write_whole",
 ]  # fmt: skip
 
 FORMAT = "lram-trajectory"
@@ -236,27 +235,6 @@ def encode(trajectory: Trajectory, codec: Codec | None = None) -> FileImage:
     # States come last: a chunked array then never moves the offsets of the others.
     data, offsets, chunks = build({**arrays, "states": t.states}, attributes, codec)
     return FileImage(data, hashlib.sha256(data).digest(), codec, offsets, chunks)
-
-
-def locate(file: h5py.File) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    """Reads off where an open trajectory file keeps its arrays.
-
-    Returns:
-        Byte offsets of the contiguous arrays by name, and (offset, stored bytes) of each chunk of `states`,
-        empty when they are contiguous.
-    """
-    offsets: dict[str, int] = {}
-    chunks: list[tuple[int, int]] = []
-    for name in file:
-        array = file[name]
-        if array.chunks is None:
-            offsets[name] = array.id.get_offset()
-        else:
-            table: list = []
-            array.id.chunk_iter(table.append)
-            table.sort(key=lambda info: info.chunk_offset)
-            chunks = [(info.byte_offset, info.size) for info in table]
-    return offsets, chunks
 
 
 def write_whole(path: Path, data: bytes) -> None:

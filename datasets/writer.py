@@ -22,7 +22,6 @@ from typing import IO, Any
 from lram.datasets.index import (
     INDEX,
     PARTS,
-    TaskIndex,
     check_place,
     read_index,
     row_of,
@@ -85,7 +84,7 @@ class TaskWriter:
             temporary.unlink()
         indices = [read_index(self.folder)] if (self.folder / INDEX).exists() else []
         for index in indices:
-            _same_provenance(index, self._meta["provenance"])
+            same_provenance(index.meta["provenance"], self._meta["provenance"], self.folder)
             self._meta = index.meta
         indices += [read_index(self.folder, part.name) for part in sorted(self.folder.glob(PARTS))]
         for index in indices:
@@ -187,12 +186,22 @@ def _lock(folder: Path) -> IO[str]:
             time.sleep(0.05)
 
 
-def _same_provenance(index: TaskIndex, provenance: dict[str, Any]) -> None:
-    old = index.meta["provenance"]
-    for key in sorted(old.keys() | provenance.keys()):
-        if old.get(key) != provenance.get(key):
+def same_provenance(old: dict[str, Any], new: dict[str, Any], folder: Path, free: frozenset[str] = frozenset()) -> None:
+    """Checks that a task on disk was made as it would be made now.
+
+    Args:
+        old: The provenance on disk.
+        new: The provenance of whoever comes now, JSON values as they come back from a file.
+        folder: The task's folder.
+        free: Keys that may differ.
+
+    Raises:
+        BadInput: They differ; the message names the first key that does.
+    """
+    for key in sorted((old.keys() | new.keys()) - free):
+        if old.get(key) != new.get(key):
             raise BadInput(
-                f"{index.folder}: was made with {key} = {old.get(key)!r}, not {provenance.get(key)!r}; "
+                f"{folder}: was made with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
                 "choose another dataset directory, or remove this folder"
             )
 

@@ -25,7 +25,7 @@ from lram.flows.progress import console
 from lram.flows.report import ReportSettings, report_dataset
 from lram.flows.train import train_policy
 from lram.train import checkpoint
-from lram.train.evaluate import EvaluateSettings, results_folder
+from lram.train.evaluate import EvaluateSettings, playing, results_folder
 from lram.train.trainer import TrainSettings
 
 
@@ -124,9 +124,8 @@ def _evaluated(path: Path, settings: EvaluateSettings) -> dict[str, Any] | None:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    wanted = {key: value for key, value in vars(settings).items() if key not in ("checkpoint", "out")}
-    same = result["checkpoint"] == checkpoint.best(settings.checkpoint).name and result["settings"] == wanted
-    return result if same else None
+    same = result["checkpoint"] == checkpoint.best(settings.checkpoint).name
+    return result if same and result["settings"] == playing(settings) else None
 
 
 def main(settings: QuickstartSettings) -> int:

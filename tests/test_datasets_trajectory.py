@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lram.datasets.specs import BadInput
-from lram.datasets.trajectory import ARRAYS, Trajectory, encode, locate, read, scan_bytes, write_whole
+from lram.datasets.trajectory import ARRAYS, Trajectory, encode, read, scan_bytes, write_whole
 
 DOMAINS = ("darkroom", "dmcontrol", "composuite", "metaworld", "atari", "procgen")
 
@@ -54,6 +54,22 @@ def test_threads_do_not_disturb_each_other(make):
         assert [image.data for image in pool.map(encode, trajectories)] == expected
         back = list(pool.map(lambda data: scan_bytes(data, "a")[0], expected))
     assert [trajectory.episode for trajectory in back] == list(range(200))
+
+
+def locate(file: h5py.File) -> tuple[dict[str, int], list[tuple[int, int]]]:
+    """Where plain h5py finds contiguous arrays, and (offset, stored bytes) of each chunk of `states`."""
+    offsets: dict[str, int] = {}
+    chunks: list[tuple[int, int]] = []
+    for name in file:
+        array = file[name]
+        if array.chunks is None:
+            offsets[name] = array.id.get_offset()
+        else:
+            table: list = []
+            array.id.chunk_iter(table.append)
+            table.sort(key=lambda info: info.chunk_offset)
+            chunks = [(info.byte_offset, info.size) for info in table]
+    return offsets, chunks
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -189,6 +189,11 @@ def summarise(returns_TNS: np.ndarray, seed: int) -> dict[str, list[float]]:
     return {"mean": mean, "low": low, "high": high}
 
 
+def playing(settings: EvaluateSettings) -> dict[str, Any]:
+    """Returns the settings that decide how is played: all but what plays and where the results go."""
+    return {key: value for key, value in vars(settings).items() if key not in ("checkpoint", "out")}
+
+
 def results_folder(settings: EvaluateSettings) -> Path:
     """Returns the folder for the results: `settings.out`, or `evaluation` inside the run's folder."""
     run = Path(settings.checkpoint)
@@ -223,7 +228,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> di
         "update": state.update,
         "policy": state.policy,
         "target_return": target,
-        "settings": {key: value for key, value in vars(settings).items() if key not in ("checkpoint", "out")},
+        "settings": playing(settings),
         "curves": {},
     }
     torch.manual_seed(settings.seed)
