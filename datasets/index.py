@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lram.datasets.specs import DOMAINS, BadInput, tasks
+from lram.datasets.specs import DOMAINS, BadInput, reference
 from lram.datasets.trajectory import ARRAYS, VERSION, FileImage, Trajectory, scan, write_whole
 
 INDEX = "index.parquet"
@@ -68,8 +68,9 @@ class TaskIndex:
 
     Attributes:
         folder: The task's folder, ROOT/<domain>/<task>.
-        meta: What all rows share: domain, task, complete, provenance, codec, state_shape, state_dtype,
-            action_shape, state_layout (shapes are those of one row, None while there is no trajectory).
+        meta: What all rows share: domain, task, complete, provenance, codec, state_shape, state_dtype, action_shape,
+            state_layout (shapes are those of one row, None while there is no trajectory), and where its maker
+            kept one, account (rows read, written and left out).
         table: One row per trajectory, ordered by episode, columns of `SCHEMA`.
     """
 
@@ -243,7 +244,7 @@ def rebuild(folder: Path) -> TaskIndex:
     meta |= {"complete": False, "provenance": {}}
     try:
         old = read_index(folder).meta
-        meta |= {key: old[key] for key in ("complete", "provenance", "quarantined") if key in old}
+        meta |= {key: old[key] for key in ("complete", "provenance", "account", "quarantined") if key in old}
     except BadInput:
         pass
     rows = []
@@ -277,11 +278,16 @@ def check_place(trajectory: Trajectory, folder: Path, path: Path) -> None:
 
 
 def fingerprint(folders: list[Path]) -> str:
-    """Returns one hash over the indices of tasks: equal when, and only when, the data is."""
+    """Returns one hash over what tasks hold: equal when, and only when, episodes and their files' hashes are.
+
+    The same files in folders, in tar shards and packed in a Zarr store have one fingerprint.
+    """
     digest = hashlib.sha256()
     for folder in sorted(folders):
-        digest.update(f"{folder.parent.name}/{folder.name}".encode())
-        digest.update(index_path(folder).read_bytes())
+        index = read_index(folder, columns=["episode", "sha256"])
+        digest.update(f"{folder.parent.name}/{folder.name}/{index.table.num_rows}".encode())
+        digest.update(index.numpy("episode").astype("<i8").tobytes())
+        digest.update(b"".join(index.table["sha256"].to_pylist()))
     return digest.hexdigest()
 
 
@@ -295,7 +301,7 @@ def write_description(root: Path) -> Path:
     for folder in find_tasks(root):
         index = read_index(folder)
         name = f"{index.meta['domain']}/{index.meta['task']}"
-        reference = tasks().get((index.meta["domain"], index.meta["task"]))
+        scores = reference(index.meta["domain"], index.meta["task"])
         described[name] = {
             "trajectories": index.table.num_rows,
             "transitions": int(index.numpy("length").sum()),
@@ -303,7 +309,8 @@ def write_description(root: Path) -> Path:
             "complete": index.meta["complete"],
             "codec": index.meta.get("codec"),
             "provenance": index.meta["provenance"],
-            "reference": reference and dataclasses.asdict(reference),
+            **({"account": index.meta["account"]} if "account" in index.meta else {}),
+            "reference": scores and dataclasses.asdict(scores),
         }
     description = {"format": "lram-dataset", "version": VERSION, "tasks": described}
     path = Path(root) / DESCRIPTION

@@ -24,7 +24,7 @@ import numpy as np
 
 from lram.datasets.check import TaskCheck
 from lram.datasets.index import fingerprint
-from lram.datasets.specs import DOMAINS, tasks
+from lram.datasets.specs import DOMAINS, BadInput, tasks
 from lram.datasets.trajectory import write_whole
 
 FORMAT = "lram-report"
@@ -99,10 +99,10 @@ def summarise(root: Path, checks: list[TaskCheck], statistics: list[dict[str, An
 
 
 def _fingerprint(root: Path, statistics: list[dict[str, Any]]) -> str | None:
-    """Says which data the report is of; None where an index is missing."""
+    """Says which data the report is of; None where an index is missing or damaged."""
     try:
         return fingerprint([Path(root) / statistic["task"] for statistic in statistics])
-    except OSError:
+    except BadInput:
         return None
 
 
@@ -133,7 +133,8 @@ def _domains(statistics: list[dict[str, Any]], failures: list[dict[str, str]]) -
         filled = [statistic for statistic in members if statistic["trajectories"]]
         if not planned[name] and not members:
             continue
-        splits = [statistic["split"] for statistic in filled]
+        # A variant ("TASK.medium") covers the task it varies, once.
+        splits = list({statistic["task"].split(".")[0]: statistic["split"] for statistic in filled}.values())
         scores = _known((statistic.get("scores") or {}).get("normalised_mean") for statistic in filled)
         smooth = _known((statistic.get("actions") or {}).get("mse_mean") for statistic in filled)
         rows.append(

@@ -121,6 +121,15 @@ def tasks() -> dict[tuple[str, str], Task]:
     }
 
 
+def reference(domain: str, task: str) -> Task | None:
+    """Returns the row of `tasks.csv` that a task is measured by, None where there is none.
+
+    A dot separates a variant from the task it varies: `IIWA_Box_None_PickPlace.medium` holds other trajectories of
+    `IIWA_Box_None_PickPlace`, `bigfish.rgb` the same ones in colour.
+    """
+    return tasks().get((domain, task.split(".")[0]))
+
+
 @functools.cache
 def _union_layout() -> dict[str, list[int]]:
     text = resources.files("lram.datasets").joinpath("dmcontrol_union.json").read_text()

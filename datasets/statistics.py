@@ -22,7 +22,7 @@ import numpy as np
 
 from lram.datasets.index import VALIDATION, TaskIndex, read_index
 from lram.datasets.reader import TaskReader
-from lram.datasets.specs import BadInput, tasks
+from lram.datasets.specs import BadInput, reference
 
 SAMPLE = 200
 """Trajectories read per task, at most."""
@@ -51,7 +51,7 @@ def task_statistics(folder: Path, duplicates: int | None = None) -> dict[str, An
     """
     folder = Path(folder)
     domain, task = folder.parent.name, folder.name
-    known = tasks().get((domain, task))
+    known = reference(domain, task)
     result: dict[str, Any] = {
         "task": f"{domain}/{task}",
         "domain": domain,
@@ -90,6 +90,7 @@ def _index_statistics(index: TaskIndex) -> dict[str, Any]:
     result: dict[str, Any] = {
         "complete": meta["complete"],
         "provenance": meta["provenance"],
+        "account": meta.get("account"),
         "trajectories": table.num_rows,
     }
     if table.num_rows == 0:
@@ -169,7 +170,7 @@ def learning_curve(episodes: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
 
 def _scores(domain: str, task: str, returns: dict[str, Any], success: float | None) -> dict[str, Any] | None:
     """Returns reference scores and what they make of the data's mean; None where the task has none."""
-    known = tasks().get((domain, task))
+    known = reference(domain, task)
     if known is None or not returns:
         return None
     low, high, normalised = known.score_low, known.score_high, None

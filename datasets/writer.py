@@ -111,6 +111,9 @@ class TaskWriter:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __contains__(self, episode: int) -> bool:
+        return episode in self._rows
+
     def add(self, trajectory: Trajectory) -> None:
         """Stores a trajectory; one of the same episode number is replaced.
 
@@ -145,9 +148,16 @@ class TaskWriter:
             write_index(self.folder, table_of(self._meta, self._pending), name)
             self._pending = []
 
-    def finish(self) -> None:
-        """Merges the index and marks the task complete: the moment from which it need not be made again."""
+    def finish(self, account: dict[str, Any] | None = None) -> None:
+        """Merges the index and marks the task complete: the moment from which it need not be made again.
+
+        Args:
+            account: What can be said only now, kept in the index and in dataset.json: rows read, written and left
+                out, say; JSON values only.
+        """
         self._meta["complete"] = True
+        if account is not None:
+            self._meta["account"] = account
         self._merge()
 
     def _merge(self) -> None:
