@@ -26,7 +26,7 @@ lint:
 # mypy needs a folder in which the repository root is called `lram`.
 types:
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/lram
-	cd $(VENV)/types && "$(abspath $(VENV))/bin/mypy" --config-file lram/pyproject.toml -p lram.datasets -p lram.collectors -p lram.model -p lram.train -p lram.flows
+	cd $(VENV)/types && "$(abspath $(VENV))/bin/mypy" --config-file lram/pyproject.toml -p lram.datasets -p lram.collectors -p lram.converters -p lram.model -p lram.train -p lram.flows
 
 pytest:
 	$(VENV)/bin/pytest

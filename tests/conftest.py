@@ -1,8 +1,16 @@
-"""Small real datasets that several tests share."""
+"""Small real datasets, and a real Prefect server, that several tests share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +106,104 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in tasks_of(settings, "training"):
         train_goal(settings, task, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[str]:
+    """A Prefect server of its own, as a user who runs one has."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "0"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}/api"
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def lram(server):
+    """Runs `lram …` and returns the finished process."""
+
+    def run(*words: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        environment = {**(environment or os.environ), "PREFECT_API_URL": server, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "lram.flows.cli", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+class Hub:
+    """A Hub on this machine, in a process of its own (tests/hub_server.py)."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        home = str(folder / "home")
+        self.environment = {
+            **os.environ,
+            "HF_ENDPOINT": url,
+            "HF_TOKEN": "hf_test",
+            "HF_HOME": home,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        }
+
+    def _ask(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/-/{path}", data), timeout=10) as answer:
+            return json.load(answer)
+
+    def log(self, pattern: str = "") -> list[dict[str, Any]]:
+        """Returns the requests whose "METHOD path" matches, oldest first."""
+        return [e for e in self._ask("log") if re.search(pattern, f"{e['method']} {e['path']}")]
+
+    def clear(self) -> None:
+        """Forgets the log and the faults."""
+        self._ask("clear", {})
+        self._ask("faults", [])
+
+    def fail(self, match: str, status: int, times: int = 1, **more: Any) -> None:
+        """Makes the next requests that match fail; `retry_after` in seconds, `cut` breaks the answer in half."""
+        self._ask("faults", [{"match": match, "status": status, "times": times, **more}])
+
+
+@pytest.fixture
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    """A Hub of its own, empty."""
+    folder = tmp_path_factory.mktemp("hub")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).parent / "hub_server.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder / "store"), str(port)], stderr=subprocess.DEVNULL
+    )
+    hub = Hub(f"http://127.0.0.1:{port}", folder)
+    for _ in range(100):
+        try:
+            hub.log()
+            break
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.05)
+    yield hub
+    process.kill()
+    process.wait()

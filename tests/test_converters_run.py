@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lram.converters import composuite
+from lram.converters.composuite import Options
+from lram.converters.run import convert_job
+from lram.converters.source import Count
+from lram.datasets.index import read_index
+from lram.datasets.specs import BadInput
+
+DATA = Path(__file__).parent / "data" / "composuite"
+
+
+@pytest.fixture
+def src(tmp_path) -> Path:
+    """Two episodes of one task."""
+    return Path(shutil.copytree(DATA / "medium", tmp_path / "src" / "medium")).parent
+
+
+def run(src: Path, root: Path, **options):
+    chosen = Options(**options)
+    (job,) = composuite.jobs(src, chosen)
+    return convert_job("composuite", job, chosen, root)
+
+
+def test_provenance_tells_files_version_and_options(src, tmp_path):
+    result = run(src, tmp_path / "data")
+    assert (result.episodes, result.transitions, result.skipped) == (2, 1000, False)
+    meta = read_index(tmp_path / "data" / result.name).meta
+    path = src / "medium" / "IIWA_Box_None_PickPlace" / "data.hdf5"
+    said = meta["provenance"]
+    assert said["files"] == [
+        {
+            "path": "medium/IIWA_Box_None_PickPlace/data.hdf5",
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+    ]
+    assert (said["converter"], said["version"], said["options"]["episodes"]) == ("composuite", 1, 2000)
+    assert meta["account"]["read"] == meta["account"]["written"] == 1000 and meta["complete"]
+    assert str(tmp_path) not in json.dumps(meta)
+
+
+def test_a_finished_task_is_not_made_again(src, tmp_path):
+    run(src, tmp_path / "data")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*.*")}
+    again = run(src, tmp_path / "data")
+    assert again.skipped and (again.episodes, again.transitions) == (2, 1000)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*.*")} == before
+    # What selects tasks is no reason to make them again.
+    assert run(src, tmp_path / "data", tasks=("IIWA_Box_None_PickPlace",)).skipped
+
+
+def test_a_changed_source_or_option_is_not_taken_for_the_old_one(src, tmp_path):
+    run(src, tmp_path / "data")
+    with pytest.raises(BadInput, match="was made with options = "):
+        run(src, tmp_path / "data", episodes=1)
+    path = src / "medium" / "IIWA_Box_None_PickPlace" / "data.hdf5"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(BadInput, match="was made with files = "):
+        run(src, tmp_path / "data")
+
+
+def test_an_interrupted_task_goes_on_with_what_is_there(src, tmp_path, monkeypatch):
+    run(src, tmp_path / "whole")
+    made = composuite.trajectories
+
+    def cut(job, options, count):
+        yield next(made(job, options, count))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(composuite, "trajectories", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(src, tmp_path / "data")
+    (first,) = (tmp_path / "data").rglob("*.hdf5")
+    before = first.stat().st_mtime_ns
+    monkeypatch.setattr(composuite, "trajectories", made)
+    assert not run(src, tmp_path / "data").skipped
+    assert first.stat().st_mtime_ns == before
+    for path in (tmp_path / "whole").rglob("*.*"):
+        if path.is_file():
+            assert (tmp_path / "data" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+
+
+def test_a_source_without_a_trajectory_makes_no_task(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(composuite, "trajectories", lambda job, options, count: iter(()))
+    assert run(src, tmp_path / "data").episodes == 0
+    assert not (tmp_path / "data").exists()
+
+
+def test_rows_that_are_not_accounted_for_stop_the_job(src, tmp_path, monkeypatch):
+    made = composuite.trajectories
+
+    def forgetful(job, options, count):
+        yield from made(job, options, count)
+        count.read += 1
+
+    monkeypatch.setattr(composuite, "trajectories", forgetful)
+    with pytest.raises(AssertionError, match="rows do not add up"):
+        run(src, tmp_path / "data")
+    assert not read_index(tmp_path / "data" / "composuite" / "IIWA_Box_None_PickPlace.medium").meta["complete"]
+
+
+def test_an_account_adds_up():
+    count = Count(read=10)
+    count.wrote(6)
+    count.drop("padding", 3)
+    count.drop("padding", 1)
+    count.drop("nothing", 0)
+    count.change("clipped", 2)
+    count.check()
+    assert count.dropped == {"padding": 4} and count.changed == {"clipped": 2} and count.episodes == 1
+    count.drop("late", 1)
+    with pytest.raises(AssertionError, match="do not add up"):
+        count.check()
