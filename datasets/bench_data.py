@@ -204,18 +204,38 @@ def read_lram_window(path: str, start: int, stop: int) -> list[np.ndarray]:
         return [file[name][start:stop] for name in ("states", "actions", "rewards", "returns_to_go", "dones")]
 
 
+TABLE_1 = {
+    "atari": (136_000, 205e6, 240),
+    "composuite": (480_000, 240e6, 300),
+    "dmcontrol": (110_000, 110e6, 130),
+    "metaworld": (450_000, 90e6, 190),
+    "mimicgen": (83_000, 25e6, 190),
+    "procgen": (2_185_000, 224e6, 1000),
+}
+"""Trajectories and transitions of each domain (arXiv 2410.22391, Table 1), and about how many bytes a transition of
+ours takes in its file (our samples)."""
+
+
 def write_synthetic_index(root: Path, trajectories: int) -> None:
-    """Writes the indices of a dataset of the 432 training tasks, without its files."""
+    """Writes the indices of a dataset of the 432 training tasks, without its files, in the proportions of Table 1.
+
+    Args:
+        root: The dataset's directory.
+        trajectories: About how many there are in all; every task has at least one.
+    """
     names = [key for key, task in tasks().items() if task.split == "train"]
-    per_task = -(-trajectories // len(names))
+    share = trajectories / sum(count for count, _, _ in TABLE_1.values())
     rng = np.random.default_rng(0)
-    episodes = np.arange(per_task)
-    paths = pa.array([trajectory_path(episode) for episode in range(per_task)])
-    none = pa.nulls(per_task)
     for domain, name in names:
+        count, transitions, width = TABLE_1[domain]
+        per_task = max(1, round(count * share / sum(other == domain for other, _ in names)))
+        episodes = np.arange(per_task)
+        paths = pa.array([trajectory_path(episode) for episode in range(per_task)])
+        none = pa.nulls(per_task)
+        mean = transitions / count
         image = domain in ("atari", "procgen")
         chunked = image or domain == "composuite"
-        lengths = rng.integers(100, 400, per_task)
+        lengths = rng.integers(max(1, int(mean / 2)), int(mean * 3 / 2), per_task)
         counts = -(-lengths // (IMAGE_CHUNK if image else VECTOR_CHUNK)) if chunked else np.zeros(per_task, np.int64)
         lists = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         sizes = rng.integers(1000, 40_000, lists[-1])
@@ -230,7 +250,7 @@ def write_synthetic_index(root: Path, trajectories: int) -> None:
             "truncated": pa.repeat(True, per_task),
             "seed": rng.integers(2**31, size=per_task),
             "split": pa.array(np.where(rng.random(per_task) < 0.025, "validation", "train")),
-            "size": rng.integers(10**6, size=per_task),
+            "size": (4096 + lengths * width * rng.uniform(0.8, 1.2, per_task)).astype(np.int64),
             "sha256": pa.FixedSizeBinaryArray.from_buffers(
                 pa.binary(32), per_task, [None, pa.py_buffer(rng.bytes(32 * per_task))]
             ),

@@ -1,7 +1,8 @@
-"""Packs a dataset into one sharded Zarr store, and unpacks it again to the same bytes.
+"""Packs a dataset into one sharded Zarr store, and unpacks such a store or tar shards to the same files again.
 
     lram pack ROOT OUT.zarr
     lram unpack OUT.zarr ROOT2
+    lram unpack DOWNLOADED ROOT2
 
 Tasks are done in parallel over processes. What is whole at the destination is left as it is, so the same command
 continues after a kill.
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from prefect import flow
 
-from lram.datasets.index import find_tasks
+from lram.datasets.index import SHARDS, find_tasks, write_description
 from lram.datasets.pack import pack_description, pack_task, unpack_description, unpack_task
+from lram.datasets.shards import unpack_shards
 from lram.datasets.specs import BadInput
 from lram.flows.processes import process_pool
 from lram.flows.progress import bar
@@ -39,7 +41,7 @@ class UnpackSettings:
     """What to unpack, and where to."""
 
     packed: Path
-    """Zarr store."""
+    """Zarr store, or dataset directory with tar shards."""
     root: Path
     """Dataset directory to write."""
     workers: int = 0
@@ -65,20 +67,25 @@ def pack(settings: PackSettings) -> int:
 
 @flow(name="unpack")
 def unpack(settings: UnpackSettings) -> int:
-    """Unpacks every task of a store.
+    """Unpacks every task of a store, or of a directory with tar shards.
 
     Returns:
         The number of trajectories.
     """
-    if not (settings.packed / "zarr.json").is_file():
-        raise BadInput(f"{settings.packed}: no Zarr store, expected what `lram pack` wrote")
     folders = find_tasks(settings.packed)
+    zarr = (settings.packed / "zarr.json").is_file()
+    if not zarr and not all(any(folder.glob(SHARDS)) for folder in folders):
+        raise BadInput(f"{settings.packed}: neither a Zarr store nor tar shards: its files need no unpacking")
+    unpack_one = unpack_task if zarr else unpack_shards
     rows = 0
     with process_pool(settings.workers) as pool, bar("unpack", len(folders), "tasks") as step:
-        for count in pool.map(functools.partial(unpack_task, root=settings.root), folders):
+        for count in pool.map(functools.partial(unpack_one, root=settings.root), folders):
             rows += count
             step(1, f"{rows:,} trajectories")
-    unpack_description(settings.packed, settings.root)
+    if zarr:
+        unpack_description(settings.packed, settings.root)
+    else:
+        write_description(settings.root)
     return rows
 
 

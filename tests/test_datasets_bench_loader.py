@@ -68,13 +68,16 @@ def test_the_folder_is_used_again(measured):
 
 
 def test_the_synthetic_index_is_one_that_opens(tmp_path):
-    bench_data.write_synthetic_index(tmp_path, 432 * 3)
+    bench_data.write_synthetic_index(tmp_path, 432 * 10)
     folders = find_tasks(tmp_path)
     assert len(folders) == 432
-    index = read_index(folders[0])
-    assert index.table.num_rows == 3
-    seconds, peak, draw, count = bench_loader.open_index(tmp_path)
-    assert count == 432 * 3 and seconds > 0 and draw > 0 and peak > 2**20
+    count = sum(read_index(folder).table.num_rows for folder in folders)
+    assert count == pytest.approx(432 * 10, rel=0.05)
+    # In the proportions of the paper's Table 1.
+    procgen = sum(read_index(folder).table.num_rows for folder in folders if folder.parent.name == "procgen")
+    assert procgen / count == pytest.approx(2185 / 3444, rel=0.05)
+    seconds, peak, draw, opened = bench_loader.open_index(tmp_path)
+    assert opened == count and seconds > 0 and draw > 0 and peak > 2**20
 
 
 @pytest.mark.parametrize("maker", ["walker", "composuite", "metaworld", "blocks"])

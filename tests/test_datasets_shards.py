@@ -10,7 +10,7 @@ import pytest
 
 from lram.datasets.index import INDEX, SHARD_SCHEMA, read_index, write_index
 from lram.datasets.reader import open_task
-from lram.datasets.shards import shard_task, write_shard
+from lram.datasets.shards import damaged, shard_task, unpack_shards, write_shard
 from lram.datasets.specs import BadInput
 
 
@@ -101,4 +101,31 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_shard(tmp_path / "shard-00000.tar", [("a", tmp_path / "a"), ("b", tmp_path / "b")])
     assert not (tmp_path / "shard-00000.tar").exists()
-    assert write_shard(tmp_path / "shard-00000.tar", [("a", tmp_path / "a"), ("c", tmp_path / "a")]) == [512, 2048]
+    digest = write_shard(tmp_path / "shard-00000.tar", [("a", tmp_path / "a"), ("c", tmp_path / "a")])
+    assert digest == hashlib.sha256((tmp_path / "shard-00000.tar").read_bytes()).hexdigest()
+
+
+def test_shards_go_back_to_the_files_they_were_made_of(write, tmp_path):
+    folder = write(tmp_path / "files", "metaworld", count=12)
+    target = shard_task(folder, tmp_path / "shards", 60_000)
+    assert unpack_shards(target, tmp_path / "back") == 12
+    back = tmp_path / "back" / "metaworld" / "task"
+    for path in folder.rglob("*.*"):
+        if path.name != ".lock":
+            assert (back / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+def test_a_flipped_byte_is_found_and_named(write, tmp_path):
+    target = shard_task(write(tmp_path / "files", "metaworld", count=12), tmp_path / "shards", 60_000)
+    assert list(damaged(target)) == []
+    path = target / "shard-00001.tar"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    ((found, sentence),) = damaged(target)
+    assert found == path and "shard-00001.tar: damaged or cut" in sentence
+    with pytest.raises(BadInput, match=r"shard-00001.tar: member 000/\d+.hdf5 has other bytes than the index says"):
+        unpack_shards(target, tmp_path / "back")
+    path.unlink()
+    ((_, sentence),) = damaged(target)
+    assert "shard-00001.tar: missing" in sentence
