@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lram.model import kernels
 from lram.model.state import State, causal_conv
 
 STATE_SIZE = 16
@@ -41,7 +42,9 @@ class Mamba(nn.Module):
     def __init__(self, layers: int, width: int) -> None:
         """Builds `layers` blocks of `width` channels."""
         super().__init__()
-        self.layers: Any = nn.ModuleList(_Block(width, layers) for _ in range(layers))
+        self.layers: Any = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.RMSNorm(width, eps=1e-5), "mixer": Mixer(width, layers)}) for _ in range(layers)
+        )
         self.norm_f = nn.RMSNorm(width, eps=1e-5)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -56,13 +59,6 @@ class Mamba(nn.Module):
             x_BKD = x_BKD + y_BKD
             after.append(layer_state)
         return self.norm_f(x_BKD), after
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.mixer = Mixer(width, layers)
 
 
 class Mixer(nn.Module):
@@ -92,7 +88,6 @@ class Mixer(nn.Module):
         """Returns the outputs (B, L, D), and the state {"conv": (B, 3, I), "ssm": (B, N, I)} after them."""
         u_BLI, z_BLI = self.in_proj(x_BLD).chunk(2, dim=-1)
         u_BLI, tail = causal_conv(u_BLI, self.conv1d.weight, self.conv1d.bias, state["conv"] if state else None)
-        u_BLI = F.silu(u_BLI)
         sizes = [self.dt_proj.in_features, STATE_SIZE, STATE_SIZE]
         dt_BLR, b_BLN, c_BLN = self.x_proj(u_BLI).split(sizes, dim=-1)
         dt_BLI = F.softplus(self.dt_proj(dt_BLR))
@@ -103,6 +98,7 @@ class Mixer(nn.Module):
         return self.out_proj(y_BLI), {"conv": tail, "ssm": h_BNI}
 
 
+@torch.compiler.disable  # its loop over tokens would be unrolled, and compile for many minutes
 def selective_scan(
     u_BLI: Tensor, dt_BLI: Tensor, a_IN: Tensor, b_BLN: Tensor, c_BLN: Tensor, h_BNI: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -120,9 +116,11 @@ def selective_scan(
         Outputs (B, L, I) and the state after the last token, in the type of `a_IN`.
     """
     if h_BNI is None:
+        if kernel := kernels.find(u_BLI, "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"):
+            return kernels.scan(kernel, u_BLI, dt_BLI, a_IN, b_BLN, c_BLN)
         h_BNI = a_IN.new_zeros(u_BLI.shape[0], a_IN.shape[1], a_IN.shape[0])
-    # Rows of the batch that fill about 1 MB a tensor: the cache holds them. A GPU wants few large calls.
-    numbers = 2**26 if u_BLI.is_cuda else 2**18
+    # Rows of the batch that fill about 2 MB a tensor: the cache holds them. A GPU wants few large calls.
+    numbers = 2**26 if u_BLI.is_cuda else 2**19
     rows = max(1, numbers // (min(u_BLI.shape[1], CHUNK_TOKENS) * a_IN.numel()))
     a_NI = a_IN.t().contiguous()
     outputs, states = [], []

@@ -6,11 +6,13 @@
     actions = choose_action(logits_BKV[:, -1], DOMAINS["atari"], 18, generator)
 
 An environment step t is three tokens, in this order: reward r_{t-1} (0 at the start of an episode), state s_t,
-return-to-go R_t. The action is read at R_t, so that a control step is one call of three tokens, and training and
+return-to-go R_t. The action is read at the last, so that a control step is one call of three tokens, and training and
 control see the same stream. Rewards and returns-to-go come in already divided by the domain's scale. Actions are not
-tokens: that shortens the sequence by a quarter, and what was done shows only in what followed.
+tokens: that shortens the sequence by a quarter, and what was done shows only in what followed. The paper's ablations
+are settings: `with_actions` puts a_{t-1} first, `without_return` and `without_reward` leave their tokens out.
 
-Shapes: B batch, T environment steps, K new environment steps, D width, V logits = 2066, A action dimensions.
+Shapes: B batch, T environment steps, K new environment steps, S tokens a step, D width, V logits = 2066, A action
+dimensions.
 """
 
 from __future__ import annotations
@@ -23,35 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lram.datasets.specs import (
-    NUM_BINS,
-    NUM_DIMS,
-    NUM_DISCRETE,
-    NUM_LOGITS,
-    STATE_WIDTH,
-    DomainSpec,
-)
+from lram.datasets.specs import NUM_BINS, NUM_DIMS, NUM_DISCRETE, NUM_LOGITS, STATE_WIDTH, DomainSpec
 from lram.model.dt import DT
 from lram.model.mamba import Mamba
-from lram.model.state import State, reset_state, select_state
+from lram.model.state import State
 from lram.model.xlstm import XLSTM
-
-__all__ = [
-    "SIZES",
-    "Policy",
-    "PolicySettings",
-    "Size",
-    "action_loss",
-    "bin_centre",
-    "bin_of",
-    "choose_action",
-    "count_parameters",
-    "decayed",
-    "reset_state",
-    "select_state",
-]
-
-TOKENS_PER_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -71,6 +49,12 @@ class Size:
     dt_layers: int
     dt_heads: int
     slstm_at: tuple[int, ...]
+
+    def halved(self) -> Size:
+        """Returns half the layers, √2 times as wide: within 7 % of the parameters (arXiv 2410.22391, section 4.4)."""
+        width = round(self.width * math.sqrt(2) / 64) * 64
+        slstm_at = tuple(sorted({place // 2 for place in self.slstm_at}))
+        return Size(self.layers // 2, width, self.dt_layers // 2, self.dt_heads * width // self.width, slstm_at)
 
 
 SIZES: dict[str, Size] = {
@@ -98,10 +82,23 @@ class PolicySettings:
     """DT only: environment steps in its context window."""
     image: bool = True
     """Whether there is an encoder for images beside the one for vectors."""
+    half: bool = False
+    """Half the layers, wider, with about as many parameters: the shape of the paper's latency test."""
+    with_actions: bool = False
+    """The action before each step is its first token."""
+    without_return: bool = False
+    """No return-to-go token: behaviour cloning."""
+    without_reward: bool = False
+    """No reward token."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one environment step, the state's included."""
+        return 3 + self.with_actions - self.without_return - self.without_reward
 
 
 class Policy(nn.Module):
-    """Tokens (r_{t-1}, s_t, R_t) in, logits of the action at t out."""
+    """Tokens ([a_{t-1},] r_{t-1}, s_t, R_t) in, logits of the action at t out."""
 
     def __init__(self, settings: PolicySettings) -> None:
         """Builds the policy.
@@ -113,31 +110,36 @@ class Policy(nn.Module):
         self.settings = settings
         if settings.size not in SIZES:
             raise ValueError(f"unknown size {settings.size!r}: choose from {', '.join(SIZES)}")
-        size = SIZES[settings.size]
+        size = SIZES[settings.size].halved() if settings.half else SIZES[settings.size]
         self.backbone: Any
         if settings.backbone == "xlstm":
             self.backbone = XLSTM(size.layers, size.width, size.slstm_at if settings.slstm else ())
         elif settings.backbone == "mamba":
             self.backbone = Mamba(size.layers, size.width)
         elif settings.backbone == "dt":
-            max_tokens = TOKENS_PER_STEP * settings.max_steps
+            max_tokens = settings.tokens_per_step * settings.max_steps
             self.backbone = DT(size.dt_layers, size.width, size.dt_heads, max_tokens)
         else:
             raise ValueError(f"unknown backbone {settings.backbone!r}: choose from xlstm, mamba, dt")
         self.encode_vector = nn.Linear(STATE_WIDTH, size.width)
         self.encode_image = Impala(size.width) if settings.image else None
-        self.encode_return = nn.Linear(1, size.width)
-        self.encode_reward = nn.Linear(1, size.width)
+        self.encode_return = None if settings.without_return else nn.Linear(1, size.width)
+        self.encode_reward = None if settings.without_reward else nn.Linear(1, size.width)
+        self.encode_action = PreviousAction(size.width) if settings.with_actions else None
         self.token_norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, NUM_LOGITS)
 
-    def tokens(self, states: Tensor, returns_to_go_BT: Tensor, prev_rewards_BT: Tensor) -> Tensor:
-        """Returns the tokens of T environment steps, (B, 3T, D).
+    def tokens(
+        self, states: Tensor, returns_to_go_BT: Tensor, prev_rewards_BT: Tensor, prev_actions: Tensor | None = None
+    ) -> Tensor:
+        """Returns the tokens of T environment steps, (B, S·T, D).
 
         Args:
             states: Vectors (B, T, 204) float32, or images (B, T, 1, 64, 64) uint8.
-            returns_to_go_BT: Returns-to-go, scaled.
+            returns_to_go_BT: Returns-to-go, scaled; unread by a policy without them.
             prev_rewards_BT: Reward received before each state, scaled; 0 at the start of an episode.
+            prev_actions: Action taken before each state, as `PreviousAction` takes it; only a policy with actions
+                reads it.
         """
         if states.ndim == 3:
             state_BTD = self.encode_vector(states)
@@ -145,22 +147,69 @@ class Policy(nn.Module):
             raise ValueError("this policy has no image encoder: build it with PolicySettings(image=True)")
         else:
             state_BTD = self.encode_image(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        return_BTD = self.encode_return(returns_to_go_BT[..., None])
-        reward_BTD = self.encode_reward(prev_rewards_BT[..., None])
-        tokens_BT3D = torch.stack([reward_BTD, state_BTD, return_BTD], dim=2)
-        return self.token_norm(tokens_BT3D.flatten(1, 2))
+        step = [state_BTD]
+        if self.encode_reward is not None:
+            step.insert(0, self.encode_reward(prev_rewards_BT[..., None]))
+        if self.encode_return is not None:
+            step.append(self.encode_return(returns_to_go_BT[..., None]))
+        if self.encode_action is not None:
+            if prev_actions is None:
+                raise ValueError("this policy was built with_actions: pass prev_actions")
+            step.insert(0, self.encode_action(prev_actions))
+        return self.token_norm(torch.stack(step, dim=2).flatten(1, 2))
 
-    def forward(self, states: Tensor, returns_to_go_BT: Tensor, prev_rewards_BT: Tensor) -> Tensor:
-        """Returns the logits (B, T, V) of whole windows; arguments as `tokens`."""
-        y_BLD = self.backbone(self.tokens(states, returns_to_go_BT, prev_rewards_BT))
-        return self.head(y_BLD[:, TOKENS_PER_STEP - 1 :: TOKENS_PER_STEP])
+    def forward(
+        self,
+        states: Tensor,
+        returns_to_go_BT: Tensor,
+        prev_rewards_BT: Tensor,
+        prev_actions: Tensor | None = None,
+        first: int = NUM_LOGITS,
+    ) -> Tensor:
+        """Returns the first logits (B, T, V) of whole windows, by default all; other arguments as `tokens`."""
+        y_BLD = self.backbone(self.tokens(states, returns_to_go_BT, prev_rewards_BT, prev_actions))
+        return self._logits(y_BLD, first)
 
     def step(
-        self, states: Tensor, returns_to_go_BK: Tensor, prev_rewards_BK: Tensor, state: State = None
+        self,
+        states: Tensor,
+        returns_to_go_BK: Tensor,
+        prev_rewards_BK: Tensor,
+        state: State = None,
+        prev_actions: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Returns the logits (B, K, V) of the next K environment steps, and the state after them."""
-        y_BLD, state = self.backbone.step(self.tokens(states, returns_to_go_BK, prev_rewards_BK), state)
-        return self.head(y_BLD[:, TOKENS_PER_STEP - 1 :: TOKENS_PER_STEP]), state
+        tokens = self.tokens(states, returns_to_go_BK, prev_rewards_BK, prev_actions)
+        y_BLD, state = self.backbone.step(tokens, state)
+        return self._logits(y_BLD), state
+
+    def _logits(self, y_BLD: Tensor, first: int = NUM_LOGITS) -> Tensor:
+        count = self.settings.tokens_per_step
+        read_BTD = y_BLD[:, count - 1 :: count]
+        if first == NUM_LOGITS:
+            return self.head(read_BTD)
+        return F.linear(read_BTD, self.head.weight[:first], self.head.bias[:first])
+
+
+class PreviousAction(nn.Module):
+    """Encodes the action before a step, where there is one.
+
+    Discrete actions are (B, T) int64, -1 for none; continuous ones (B, T, A) float32, A up to 8, all NaN for none.
+    """
+
+    def __init__(self, width: int) -> None:
+        """Builds one vector an action, one for "none", and a projection of the continuous dimensions."""
+        super().__init__()
+        self.discrete = nn.Embedding(NUM_DISCRETE + 1, width)
+        self.continuous = nn.Linear(NUM_DIMS, width)
+
+    def forward(self, actions: Tensor) -> Tensor:
+        """Returns one vector a step, (B, T, D)."""
+        if not actions.is_floating_point():
+            return self.discrete(actions.where(actions >= 0, NUM_DISCRETE))
+        none_BT = actions.isnan().all(-1)
+        known_BTD = self.continuous(F.pad(actions.nan_to_num(), (0, NUM_DIMS - actions.shape[-1])))
+        return torch.where(none_BT[..., None], self.discrete.weight[NUM_DISCRETE], known_BTD)
 
 
 class Impala(nn.Module):
@@ -211,8 +260,8 @@ def bin_centre(index: Tensor) -> Tensor:
 
 
 def _bins(logits: Tensor) -> Tensor:
-    """Returns the continuous part of the logits, (..., 8, 256)."""
-    return logits[..., NUM_DISCRETE:].unflatten(-1, (NUM_DIMS, NUM_BINS))
+    """Returns the continuous part of the logits, (..., 8, 256), or of the first dimensions."""
+    return logits[..., NUM_DISCRETE:].unflatten(-1, (-1, NUM_BINS))
 
 
 def action_loss(
@@ -225,7 +274,7 @@ def action_loss(
     """Negative log-likelihood of the actions, over the logits that are valid for the domain only.
 
     Args:
-        logits_BTV: Logits.
+        logits_BTV: Logits; the first that the domain needs are enough.
         actions: Discrete (B, T) int64, or continuous (B, T, A) float32 in [-1, 1].
         mask_BT: True where the step is real, False in the padding.
         domain: Says which kind of action, and how many are valid.
@@ -255,6 +304,8 @@ def choose_action(
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
     greedy: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Tensor:
     """Draws an action of every slot from the policy.
 
@@ -265,6 +316,9 @@ def choose_action(
         generator: Source of randomness, on the logits' device; unused when greedy.
         temperature: Divides the logits: below 1 is closer to greedy.
         greedy: Takes the likeliest action instead.
+        top_k: Draws among the k likeliest only; 0 for all.
+        top_p: Draws among the fewest likeliest that hold this much probability (nucleus sampling, arXiv 1904.09751);
+            1 for all. It counts what `temperature` and `top_k` leave. Each continuous dimension is drawn by itself.
 
     Returns:
         Discrete actions (B,) int64, or continuous ones (B, A) float32, centres of bins.
@@ -273,10 +327,23 @@ def choose_action(
     if greedy:
         choice = logits.argmax(-1)
     else:
-        probabilities = (logits.float() / temperature).softmax(-1)
+        probabilities = _nucleus((logits.float() / temperature).softmax(-1), top_k, top_p)
         flat = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
         choice = flat.view(logits.shape[:-1])
     return choice if domain.action == "discrete" else bin_centre(choice)
+
+
+def _nucleus(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Sets to 0 what is not among the `top_k` likeliest, or beyond the likeliest that hold `top_p` of the rest."""
+    if top_k <= 0 and top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    if top_k > 0:
+        ordered[..., top_k:] = 0
+    # One stays while those before it hold less than top_p: the likeliest always does.
+    before = ordered.cumsum(-1) - ordered
+    ordered[..., 1:].masked_fill_((before >= top_p * ordered.sum(-1, keepdim=True))[..., 1:], 0)
+    return torch.zeros_like(probabilities).scatter_(-1, order, ordered)
 
 
 # Parameters -------------------------------------------------------------------------------------------------------

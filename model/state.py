@@ -16,7 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lram.model import kernels
 
 State = Any
 """Nested tuples, lists and dicts of tensors; `None` is the state before the first token."""
@@ -56,9 +59,7 @@ def select_state(state: State, index: Tensor) -> State:
 def causal_conv(
     x_BLD: Tensor, weight_D1W: Tensor, bias_D: Tensor | None, tail_BTD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution that continues from the last W - 1 inputs.
-
-    W shifted products instead of `F.conv1d`: on CPU they need no transposes and measure 1.5 times as fast.
+    """Depthwise causal convolution that continues from the last W - 1 inputs, and SiLU.
 
     Args:
         x_BLD: Inputs.
@@ -69,35 +70,15 @@ def causal_conv(
     Returns:
         Outputs (B, L, D), and the last W - 1 inputs.
     """
-    length, taps = x_BLD.shape[1], weight_D1W.shape[-1]
-    if tail_BTD is None:
-        tail_BTD = x_BLD.new_zeros(x_BLD.shape[0], taps - 1, x_BLD.shape[2])
-    padded = torch.cat([tail_BTD.to(x_BLD.dtype), x_BLD], dim=1)
-    return _Conv.apply(padded, weight_D1W[:, 0].t(), bias_D), padded[:, length:]
-
-
-class _Conv(torch.autograd.Function):
-    """The convolution of a padded input (B, W - 1 + L, D) by taps (W, D) as one autograd node, taps added in place."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight_WD: Tensor, bias_D: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight_WD)
-        taps = len(weight_WD)
-        length = padded.shape[1] - taps + 1
-        weight_WD = weight_WD.to(padded.dtype)
-        y_BLD = torch.addcmul(bias_D.to(padded.dtype), padded[:, :length], weight_WD[0])
-        for tap in range(1, taps):
-            y_BLD.addcmul_(padded[:, tap : tap + length], weight_WD[tap])
-        return y_BLD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (grad,) = grads
-        padded, weight_WD = ctx.saved_tensors
-        length = grad.shape[1]
-        d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(weight_WD)
-        for tap, weight_D in enumerate(weight_WD.to(padded.dtype)):
-            window = slice(tap, tap + length)
-            d_padded[:, window].addcmul_(grad, weight_D)
-            d_weight[tap] = (grad * padded[:, window]).sum((0, 1))
-        return d_padded, d_weight, grad.sum((0, 1)).to(weight_WD.dtype)
+    batch, _, width = x_BLD.shape
+    kept = weight_D1W.shape[-1] - 1
+    tail_BTD = x_BLD.new_zeros(batch, kept, width) if tail_BTD is None else tail_BTD.to(x_BLD.dtype)
+    # Not a view of the padded inputs below, which would keep all of them with the state.
+    after_BTD = torch.cat([tail_BTD, x_BLD[:, -kept:]], dim=1)[:, -kept:]
+    if kernel := kernels.find(x_BLD, "causal_conv1d", "causal_conv1d_fn"):
+        x_BDL, tail_BDT = x_BLD.transpose(1, 2), tail_BTD.transpose(1, 2)
+        y_BDL = kernel(x_BDL, weight_D1W[:, 0], bias_D, initial_states=tail_BDT, activation="silu")
+    else:
+        padded_BDL = torch.cat([tail_BTD, x_BLD], dim=1).transpose(1, 2)
+        y_BDL = F.silu(F.conv1d(padded_BDL, weight_D1W, bias_D, groups=width))
+    return y_BDL.transpose(1, 2), after_BTD

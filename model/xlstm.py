@@ -24,9 +24,11 @@ import torch.nn.functional as F
 import xlstm
 from torch import Tensor
 
+from lram.model import kernels
 from lram.model.state import State, causal_conv
 
 HEADS = 4
+Memory = tuple[Tensor, Tensor, Tensor]
 
 
 class XLSTM(xlstm.xLSTMBlockStack):
@@ -86,53 +88,43 @@ def _head_norm(h_BLNH: Tensor, norm: Any) -> Tensor:
 # mLSTM ------------------------------------------------------------------------------------------------------------
 
 
-def _block_diagonal(x_BLI: Tensor, weight_KOJ: Tensor) -> Tensor:
-    """Multiplies by a block-diagonal matrix of 4 x 4 blocks, as `LinearHeadwiseExpand` does: (B, L, I).
+def _heads(x_BLI: Tensor, weight_KOJ: Tensor) -> Tensor:
+    """Multiplies by a block-diagonal matrix of 4 x 4 blocks, as `LinearHeadwiseExpand` does: heads (B, N, L, H).
 
     Four blocks are padded with zeros to one of 16 x 16: twice as fast on CPU as products of 4 x 4.
     """
     blocks, out, inner = weight_KOJ.shape
-    join = math.gcd(blocks, 4)
+    join = math.gcd(blocks // HEADS, 4)
     eye = torch.eye(join, dtype=weight_KOJ.dtype, device=weight_KOJ.device)
     joined = torch.einsum("naoj,ab->najbo", weight_KOJ.view(-1, join, out, inner), eye)
     joined = joined.reshape(blocks // join, join * inner, join * out)
     x_nMj = x_BLI.reshape(-1, blocks // join, join * inner).transpose(0, 1)
-    return torch.bmm(x_nMj, joined).transpose(0, 1).reshape(x_BLI.shape)
+    y_NnBLo = torch.bmm(x_nMj, joined).view(HEADS, -1, *x_BLI.shape[:2], join * out)
+    return y_NnBLo.permute(2, 0, 3, 1, 4).flatten(3)
 
 
 def _mlstm(layer: xlstm.mLSTMLayer, x_BLD: Tensor, state: State, keep: bool) -> tuple[Tensor, State]:
-    """One mLSTM layer, arXiv 2405.04517 section 2.3; `xlstm.blocks.mlstm.layer`.
-
-    Args:
-        layer: Parameters.
-        x_BLD: Normed inputs.
-        state: {"conv", "cn", "m"} or None.
-        keep: Whether the state after the last token is wanted.
-    """
-    batch, length, _ = x_BLD.shape
+    """One mLSTM layer on normed inputs, arXiv 2405.04517 section 2.3; `xlstm.blocks.mlstm.layer`."""
     u_BLI, z_BLI = layer.proj_up(x_BLD).chunk(2, dim=-1)
-    conv = layer.conv1d.conv
+    conv, cell = layer.conv1d.conv, layer.mlstm_cell
     c_BLI, tail = causal_conv(u_BLI, conv.weight, conv.bias, state["conv"] if state else None)
-    c_BLI = F.silu(c_BLI)
 
-    cell = layer.mlstm_cell
-    q_BLI = _block_diagonal(c_BLI, layer.q_proj.weight)
-    k_BLI = _block_diagonal(c_BLI, layer.k_proj.weight)
-    v_BLI = _block_diagonal(u_BLI, layer.v_proj.weight)
-    gate_weight = torch.cat([cell.igate.weight, cell.fgate.weight])
-    gate_bias = torch.cat([cell.igate.bias, cell.fgate.bias])
-    gates_BLG = gate_bias
-    for part, weight in zip((q_BLI, k_BLI, v_BLI), gate_weight.chunk(3, dim=-1)):
-        gates_BLG = gates_BLG + F.linear(part, weight)
+    q_KOJ, k_KOJ, v_KOJ = layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight
+    q, k, v = _heads(c_BLI, q_KOJ), _heads(c_BLI, k_KOJ), _heads(u_BLI, v_KOJ)
+    # The gates read q, k and v, which are linear in c and u: the small product of the weights comes first.
+    gates_GPKO = torch.cat([cell.igate.weight, cell.fgate.weight]).unflatten(-1, (3, *q_KOJ.shape[:2]))
+    by_q, by_k, by_v = (
+        torch.einsum("gko,koj->gkj", gate, weight).flatten(1)
+        for gate, weight in zip(gates_GPKO.unbind(1), (q_KOJ, k_KOJ, v_KOJ))
+    )
+    bias = torch.cat([cell.igate.bias, cell.fgate.bias])
+    gates_BLG = F.linear(c_BLI, by_q + by_k) + F.linear(u_BLI, by_v, bias)
     i_BNL, f_BNL = gates_BLG.transpose(1, 2).chunk(2, dim=1)
 
-    q, k, v = (part.view(batch, length, HEADS, -1).transpose(1, 2) for part in (q_BLI, k_BLI, v_BLI))
-    memory = (state["cn"], state["m"]) if state else None
-    h_BNLH, memory = mlstm_cell(q, k, v, i_BNL, f_BNL, memory, keep)
-
+    h_BNLH, memory = mlstm_cell(q, k, v, i_BNL, f_BNL, state["memory"] if state else None, keep)
     h_BLI = _head_norm(h_BNLH.transpose(1, 2), cell.outnorm)
     y_BLD = layer.proj_down((h_BLI + layer.learnable_skip * c_BLI) * F.silu(z_BLI))
-    return y_BLD, {"conv": tail, "cn": memory[0], "m": memory[1]} if memory and keep else None
+    return y_BLD, {"conv": tail, "memory": memory} if keep else None
 
 
 def mlstm_cell(
@@ -141,17 +133,17 @@ def mlstm_cell(
     v_BNLH: Tensor,
     i_BNL: Tensor,
     f_BNL: Tensor,
-    memory: tuple[Tensor, Tensor] | None = None,
+    memory: Memory | None = None,
     keep: bool = True,
     chunk: int | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Memory | None]:
     """Runs the mLSTM over a sequence, chunk by chunk: parallel inside a chunk, the matrix memory carried between them.
 
     Inside a chunk with F the running sum of log sigmoid(f), token s weighs exp(i_s - F_s + F_t) at token t. All
     weights of row t are divided by exp(m_t), m_t = F_t + G_t, where G_t is the running maximum of i_s - F_s and of the
     memory's m: F_t cancels, what is left is exp(g_s - G_t) with g = i - F (the parallel form of arXiv 2405.04517, with
-    the row maximum found in O(L)). The normaliser is carried as one more column of v, all ones.
+    the row maximum found in O(L)).
 
     Args:
         q_BNLH: Queries.
@@ -159,7 +151,7 @@ def mlstm_cell(
         v_BNLH: Values.
         i_BNL: Input gates before exp.
         f_BNL: Forget gates before sigmoid.
-        memory: (C and n side by side, (B, N, H, H + 1)), divided by exp(m), and m (B, N, 1); None at the start.
+        memory: C (B, N, H, H) and n (B, N, H), both divided by exp(m), and m (B, N, 1); None at the start.
         keep: Whether the memory after the last token is wanted.
         chunk: Tokens a chunk; by default what measures fastest for the head's width.
         eps: Added to the normaliser, as the package does.
@@ -167,11 +159,12 @@ def mlstm_cell(
     Returns:
         Outputs (B, N, L, H), and the memory after the last token (None unless `keep`).
     """
+    if kernel := kernels.for_mlstm(q_BNLH):
+        return kernels.mlstm(kernel, (q_BNLH, k_BNLH, v_BNLH), i_BNL, f_BNL, memory, keep, eps)
     length, width = q_BNLH.shape[-2:]
+    scale = 1 / math.sqrt(width)
     # Equal chunks of at most max(64, H) tokens: beyond, the L x L part costs more than carrying the memory.
     chunk = chunk or math.ceil(length / math.ceil(length / max(64, width)))
-    q_BNLH = q_BNLH / math.sqrt(width)
-    v_BNLH = F.pad(v_BNLH, (0, 1), value=1.0)
     outputs, read = [], 0
     # One split each: slices would fill a gradient of the full length per chunk.
     parts = (part.split(chunk, dim=2) for part in (q_BNLH, k_BNLH, v_BNLH, i_BNL, F.logsigmoid(f_BNL)))
@@ -182,60 +175,60 @@ def mlstm_cell(
         # The stabiliser cancels in what is read, so no gradient needs to flow through it.
         top = g.detach().cummax(-1).values
         if memory is not None:
-            top = torch.maximum(top, memory[1].detach())
-        sums = _Decayed.apply(q, k, v, g, top)
+            top = torch.maximum(top, memory[2].detach())
+        sums, norm = _Decayed.apply(q, k, v, g, top, scale)
         if memory is not None:
-            sums = sums + (q @ memory[0]) * (memory[1] - top).exp()[..., None]
+            c, n, m = memory
+            q = q * (scale * (m - top).exp())[..., None]
+            sums, norm = sums + q @ c, norm + (q @ n[..., None])[..., 0]
         # Where no input gate has opened yet, exp would be inf and its gradient nan: exp(80) gives the same 0.
         floor = (-sumf - top).clamp(max=80).exp()
-        norm = torch.maximum(sums[..., -1:].abs(), floor[..., None])
-        outputs.append(sums[..., :-1] / (norm + eps))
+        outputs.append(sums * (1 / (torch.maximum(norm.abs(), floor) + eps))[..., None])
         if keep or read < length:
             last = top[..., -1:]
-            after = (k * (g - last).exp()[..., None]).transpose(-1, -2) @ v
+            k = k * (g - last).exp()[..., None]
+            after_c, after_n = k.transpose(-1, -2) @ v, k.sum(-2)
             if memory is not None:
-                after = after + memory[0] * (memory[1] - last).exp()[..., None]
-            memory = (after, sumf[..., -1:] + last)
-    return torch.cat(outputs, dim=-2), memory if keep else None
+                fade = (m - last).exp()
+                after_c, after_n = after_c + c * fade[..., None], after_n + n * fade
+            memory = after_c, after_n, sumf[..., -1:] + last
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2), memory if keep else None
 
 
 class _Decayed(torch.autograd.Function):
-    """sum over s <= t of (q_t · k_s) exp(g_s - top_t) v_s, saving two L x L matrices instead of autograd's six."""
+    """Sums over s <= t of w_ts v_s, and of w_ts = (q_t · k_s) exp(g_s - top_t) scale.
+
+    Saves two L x L matrices instead of autograd's six.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, top: Tensor) -> Tensor:
-        decay = (g[..., None, :] - top[..., :, None]).exp_().tril_()
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, top: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        decay = (g[..., None, :] - (top[..., :, None] - math.log(scale))).exp_().tril_()
         weights = (q @ k.transpose(-1, -2)).mul_(decay)
         ctx.save_for_backward(q, k, v, decay, weights)
-        return weights @ v
+        return weights @ v, weights.sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        d_sums, d_norm = grads
         q, k, v, decay, weights = ctx.saved_tensors
-        d_v = weights.transpose(-1, -2) @ grad
-        d_scores = (grad @ v.transpose(-1, -2)).mul_(decay)
+        d_v = weights.transpose(-1, -2) @ d_sums
+        d_scores = (d_sums @ v.transpose(-1, -2)).add_(d_norm[..., None]).mul_(decay)
         # sum over t of d(weights)_ts weights_ts, without another L x L product.
-        d_g = (v * d_v).sum(-1)
-        return d_scores @ k, d_scores.transpose(-1, -2) @ q, d_v, d_g, None
+        d_g = (v * d_v).sum(-1) + (weights.transpose(-1, -2) @ d_norm[..., None])[..., 0]
+        return d_scores @ k, d_scores.transpose(-1, -2) @ q, d_v, d_g, None, None
 
 
 # sLSTM ------------------------------------------------------------------------------------------------------------
 
 
 def _slstm(layer: xlstm.sLSTMLayer, x_BLD: Tensor, state: State, keep: bool) -> tuple[Tensor, State]:
-    """One sLSTM layer, arXiv 2405.04517 section 2.2; `xlstm.blocks.slstm.layer`.
-
-    Args:
-        layer: Parameters.
-        x_BLD: Normed inputs.
-        state: {"conv", "y", "c", "logn", "started"} or None.
-        keep: Whether the state after the last token is wanted.
-    """
+    """One sLSTM layer on normed inputs, arXiv 2405.04517 section 2.2; `xlstm.blocks.slstm.layer`."""
     batch, length, width = x_BLD.shape
     conv, cell = layer.conv1d.conv, layer.slstm_cell
     c_BLD, tail = causal_conv(x_BLD, conv.weight, conv.bias, state["conv"] if state else None)
-    c_BLD = F.silu(c_BLD)
 
     # The loop wants the batch innermost: each gate of a head is then one contiguous run of H·B numbers.
     def to_lnhb(part: Tensor) -> Tensor:
@@ -257,11 +250,14 @@ def _slstm(layer: xlstm.sLSTMLayer, x_BLD: Tensor, state: State, keep: bool) -> 
     with torch.autocast(x_BLD.device.type, enabled=False):
         dtype = cell._recurrent_kernel.dtype
         x_LNGB = x_LNGB.to(dtype) + bias
-        y_LNHB, c1, logn1 = _SLSTM.apply(x_LNGB, cell._recurrent_kernel, y0.to(dtype), c0.to(dtype), logn0.to(dtype))
+        inputs = (x_LNGB, cell._recurrent_kernel, y0.to(dtype), c0.to(dtype), logn0.to(dtype))
+        kernel = kernels.for_slstm(x_LNGB)
+        y_LNHB, c1, logn1 = kernels.slstm(kernel, *inputs) if kernel else _recur(*inputs)
     out = _head_norm(y_LNHB.permute(3, 0, 1, 2), layer.group_norm)
     if not keep:
         return out, None
-    y1, c1, logn1 = (part.permute(2, 0, 1).flatten(1) for part in (y_LNHB[-1], c1, logn1))
+    # A copy, since at batch 1 the last output would be a view that keeps all of them.
+    y1, c1, logn1 = (part.permute(2, 0, 1).flatten(1) for part in (y_LNHB[-1].clone(), c1, logn1))
     return out, {"conv": tail, "y": y1, "c": c1, "logn": logn1, "started": torch.ones_like(y1[:, :1])}
 
 
@@ -324,3 +320,7 @@ class _SLSTM(torch.autograd.Function):
         before = torch.cat([y0[None], y_LNHB[:-1]])
         d_r = torch.einsum("lngb,lnhb->ngh", d_raw_LNGB, before)
         return d_raw_LNGB, d_r, d_y, d_c, d_logn
+
+
+# Compiled, its loop over tokens would be unrolled, which takes many minutes.
+_recur = torch.compiler.disable(_SLSTM.apply)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lram.model.dt import DT
@@ -44,15 +44,79 @@ def test_step_equals_encoding_the_window(layers, length, max_tokens, cuts, seed)
             torch.testing.assert_close(y, model(window)[:, -y.shape[1] :], rtol=1e-4, atol=1e-4)
 
 
-def test_equals_forward_to_the_last_digits_within_the_window():
-    model = build(max_tokens=600)
-    x = torch.randn(2, 600, WIDTH)
-    state, outputs = None, []
+@settings(max_examples=10, deadline=None)
+@given(length=st.integers(1, 600), cuts=st.lists(st.integers(1, 150), min_size=1, max_size=6), seed=st.integers(0, 99))
+@example(length=600, cuts=[3], seed=0)
+def test_step_in_pieces_equals_forward(in_pieces, length, cuts, seed):
+    model = build(max_tokens=600, seed=seed)
+    x = torch.randn(2, length, WIDTH)
     with torch.no_grad():
-        for piece in x.split(3, dim=1):
-            y, state = model.step(piece, state)
+        torch.testing.assert_close(in_pieces(model, x, cuts)[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_step_in_bfloat16(in_pieces):
+    """The stated tolerance of bfloat16: outputs are of size 1, and differ by 0.01 in the root mean square."""
+    model = build(4, max_tokens=600)
+    x = torch.randn(2, 600, WIDTH)
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            whole, pieces = model(x).float(), in_pieces(model, x, [3])[0].float()
+    for each in (whole, pieces):
+        assert (each - exact).square().mean().sqrt() < 0.01
+        assert (each - exact).abs().max() < 0.1
+
+
+def test_equals_encoding_every_window_afresh_with_gradients():
+    """Control steps of three tokens, half of them after the window has begun to slide, to 1e-5."""
+    model = build(max_tokens=30)
+    x, weights = torch.randn(2, 2, 60, WIDTH)
+    results = []
+    for cached in (True, False):
+        model.zero_grad()
+        inputs, state, outputs = x.clone().requires_grad_(), None, []
+        for end in range(3, 61, 3):
+            if cached:
+                y, state = model.step(inputs[:, end - 3 : end], state)
+            else:
+                y = model(inputs[:, max(0, end - 30) : end])[:, -3:]
             outputs.append(y)
-        torch.testing.assert_close(torch.cat(outputs, 1), model(x), rtol=1e-4, atol=1e-4)
+        y = torch.cat(outputs, 1)
+        (y * weights).sum().backward()
+        results.append(
+            (y.detach(), inputs.grad, [p.grad / p.grad.abs().max().clamp(min=1) for p in model.parameters()])
+        )
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_equals_gpt2_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference of DT is transformers' GPT-2")
+    model = build(3, 40)
+    config = transformers.GPT2Config(
+        vocab_size=1, n_positions=40, n_embd=WIDTH, n_layer=3, n_head=4, attn_implementation="eager"
+    )
+    theirs = transformers.GPT2Model(config).eval()
+    # GPT-2 keeps its matrices transposed.
+    weights = {
+        name: value.t() if name.startswith("h.") and value.ndim == 2 else value
+        for name, value in model.state_dict().items()
+    }
+    missing, unknown = theirs.load_state_dict(weights, strict=False)
+    assert missing == ["wte.weight"] and not unknown
+    x, weights = torch.randn(2, 2, 40, WIDTH)
+    results = []
+    for run in (model, lambda x: theirs(inputs_embeds=x).last_hidden_state):
+        inputs = x.clone().requires_grad_()
+        y = run(inputs)
+        (y * weights).sum().backward()
+        results.append((y.detach(), inputs.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    expected = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        grad = expected[name].grad
+        grad = grad.t() if name.startswith("h.") and grad.ndim == 2 else grad
+        scale = grad.abs().max().clamp(min=1)
+        torch.testing.assert_close(parameter.grad / scale, grad / scale, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_pieces_longer_than_the_window():
