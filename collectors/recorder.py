@@ -9,26 +9,46 @@
             states, rewards, terminated, truncated, infos = env.step(actions)
             recorder.step(actions, states, rewards, terminated, truncated, infos)
         recorder.close()
+        recorder.write_curve()          # learning_curve.parquet, beside the trajectories
         writer.finish()
 
 One recorder for every collector: it takes exactly what a `gymnasium.vector` environment in SAME_STEP mode
 returns; `lram.collectors.sb3.RecordVecEnv` feeds it from stable-baselines3. Episodes are numbered in the order in
-which they end, and by slot where several end in one step, so the same run gives the same files.
+which they end, and by slot where several end in one step, so the same run gives the same files; `state` and
+`restore` let a run go on where another stopped.
 What it trades away: each slot keeps a buffer as long as the longest episode that any slot has had, and an episode
 reaches the disk only when it ends.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from lram.datasets.trajectory import Trajectory
+from lram.datasets.specs import BadInput
+from lram.datasets.trajectory import Trajectory, write_whole
 from lram.datasets.writer import TaskWriter
 
+CURVE = "learning_curve.parquet"
+"""Name of the learning curve in a task's folder."""
+CURVE_SCHEMA = pa.schema(
+    [
+        ("episode", pa.int64()),
+        ("steps", pa.int64()),
+        ("return", pa.float64()),
+        ("length", pa.int64()),
+        ("success", pa.bool_()),
+    ]
+)
+"""One row per episode that ended. `steps` are the transitions of all slots when it ended, which is how long the
+policy had been learning; `success` is null where the environment does not say."""
 _FIRST_CAPACITY = 128
 """Steps of an episode that buffers hold before they grow for the first time."""
 
@@ -37,9 +57,10 @@ class Recorder:
     """Buffers the episode under way in every slot; hands it to a `TaskWriter` when it ends.
 
     Attributes:
+        seeds: For every slot, the seed that its trajectories carry.
         steps: Transitions seen so far, over all slots.
         episodes: Trajectories written so far.
-        left_out_episodes: Episodes that were begun and not written because they never ended.
+        left_out_episodes: Episodes that were begun and not written: most because they never ended.
         left_out_steps: Transitions of those episodes.
     """
 
@@ -53,6 +74,8 @@ class Recorder:
         first_episode: int | None = None,
         action_space: gym.Space | None = None,
         state_layout: dict[str, list[int]] | None = None,
+        from_step: int = 0,
+        quota: Sequence[int] | None = None,
     ) -> None:
         """Starts a recording.
 
@@ -67,21 +90,32 @@ class Recorder:
             action_space: Of one slot. For a Box, actions are clipped to it, as the environment does: what is
                 stored is what was executed.
             state_layout: {key: [start, stop]} over the columns of vector states.
+            from_step: Leave out episodes that began before this many transitions; the learning curve has them.
+            quota: For every slot, how many of its episodes are numbered and written; the rest are left out.
+                Recording until there are enough of all slots would prefer short episodes.
         """
         self._writer = writer
         self._domain, self._task, self._source = domain, task, source
-        self._seeds = [int(seed) for seed in seeds]
+        self.seeds = [int(seed) for seed in seeds]
+        self._from_step = from_step
+        self._quota = None if quota is None else list(quota)
         self._box = action_space if isinstance(action_space, gym.spaces.Box) else None
         self._layout = state_layout
-        self._slots = np.arange(len(self._seeds))
-        self._lengths = np.zeros(len(self._seeds), np.int64)
+        self._slots = np.arange(len(self.seeds))
+        self._lengths = np.zeros(len(self.seeds), np.int64)
         self._longest = 0
         self._states: np.ndarray | None = None
         self._actions: np.ndarray | None = None
-        self._rewards = np.zeros((len(self._seeds), _FIRST_CAPACITY), np.float32)
-        self._curve: list[tuple[int, int, float, int]] = []
+        self._rewards = np.zeros((len(self.seeds), _FIRST_CAPACITY), np.float32)
+        self._begun = np.zeros(len(self.seeds), np.int64)
+        self._curve: list[tuple[int, int, float, int, bool | None]] = []
         self._next = writer.next_episode if first_episode is None else first_episode
         self.steps = self.episodes = self.left_out_episodes = self.left_out_steps = 0
+
+    @property
+    def under_way(self) -> int:
+        """Returns the transitions of episodes that have not ended."""
+        return int(self._lengths.sum())
 
     def reset(self, states: np.ndarray) -> None:
         """Takes the first states after a reset of every slot; episodes under way are left out.
@@ -94,6 +128,7 @@ class Recorder:
             shape = (len(self._slots), self._rewards.shape[1], *states.shape[1:])
             self._states = np.empty(shape, np.uint8 if states.dtype == np.uint8 else np.float32)
         self._states[:, 0] = states
+        self._begun[:] = self.steps
 
     def step(
         self,
@@ -120,21 +155,26 @@ class Recorder:
         if self._actions is None:
             self._actions = self._empty_actions(actions)
         if self._box is not None:
-            actions = np.clip(actions, self._box.low, self._box.high)
-        self._actions[self._slots, self._lengths] = actions
-        self._rewards[self._slots, self._lengths] = rewards
+            actions = np.minimum(np.maximum(actions, self._box.low), self._box.high)  # a third of np.clip's time
+        at = self._place()
+        self._actions[at] = actions
+        self._rewards[at] = rewards
         self._lengths += 1
         self._longest += 1
         self.steps += len(self._slots)
-        if terminated.any() or truncated.any():
+        if np.count_nonzero(terminated) or np.count_nonzero(truncated):
             for slot in np.flatnonzero(terminated | truncated).tolist():
                 success = _success(infos, slot)
                 self._write(slot, bool(terminated[slot]), bool(truncated[slot]), infos["final_obs"][slot], success)
-                self._lengths[slot] = 0
+                self._lengths[slot], self._begun[slot] = 0, self.steps
             self._longest = int(self._lengths.max())
         if self._longest == self._rewards.shape[1]:
             self._grow()
-        self._states[self._slots, self._lengths] = states
+        self._states[self._place()] = states
+
+    def _place(self) -> tuple[Any, Any]:
+        """Returns the index of every slot's next step in the buffers; of one slot a slice, which is faster."""
+        return (self._slots, self._lengths) if len(self._slots) > 1 else (slice(1), self._longest)
 
     def close(self, write_unfinished: bool = False) -> None:
         """Ends the recording.
@@ -150,17 +190,49 @@ class Recorder:
         self._leave_out()
 
     def curve(self) -> dict[str, np.ndarray]:
-        """Returns the learning curve: one entry per trajectory written, in order.
+        """Returns the learning curve: one entry per episode that ended, in order; columns of `CURVE_SCHEMA`."""
+        table = self._table()
+        columns = {name: table[name].to_numpy() for name in table.column_names if name != "success"}
+        return columns | {"success": np.array(table["success"].to_pylist(), object)}
 
-        `episode` is its number, `steps` the transitions of all slots when it ended, `return` and `length` its own.
-        """
-        episode, steps, total, length = zip(*self._curve) if self._curve else ((), (), (), ())
+    def _table(self) -> pa.Table:
+        columns = zip(*self._curve) if self._curve else [()] * len(CURVE_SCHEMA)
+        return pa.table([list(column) for column in columns], schema=CURVE_SCHEMA)
+
+    def write_curve(self) -> Path:
+        """Writes the learning curve whole into the task's folder; returns its path."""
+        buffer = io.BytesIO()
+        pq.write_table(self._table(), buffer, compression="zstd")
+        path = self._writer.folder / CURVE
+        write_whole(path, buffer.getvalue())
+        return path
+
+    def state(self) -> dict[str, int]:
+        """Returns where the recording is, for `restore`; call it between episodes, after `write_curve`."""
         return {
-            "episode": np.array(episode, np.int64),
-            "steps": np.array(steps, np.int64),
-            "return": np.array(total, np.float64),
-            "length": np.array(length, np.int64),
+            "next": self._next,
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "left_out_episodes": self.left_out_episodes,
+            "left_out_steps": self.left_out_steps,
         }
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Goes on from where another recorder of the same task was.
+
+        What that one wrote later is overwritten as the run comes to it; the curve's rows of later episodes are
+        dropped.
+
+        Raises:
+            BadInput: The learning curve is missing or unreadable, or ends before.
+        """
+        rows = read_curve(self._writer.folder).to_pylist()
+        self._curve = [tuple(row.values()) for row in rows if row["episode"] < state["next"]]
+        if len(self._curve) != state["next"]:
+            found = f"has {len(self._curve)} episodes, expected {state['next']}"
+            raise BadInput(f"{self._writer.folder / CURVE}: {found}; remove the folder to begin again")
+        self._next, self.steps, self.episodes = state["next"], state["steps"], state["episodes"]
+        self.left_out_episodes, self.left_out_steps = state["left_out_episodes"], state["left_out_steps"]
 
     def _empty_actions(self, actions: np.ndarray) -> np.ndarray:
         kind = np.int64 if np.issubdtype(actions.dtype, np.integer) else np.float32
@@ -171,12 +243,23 @@ class Recorder:
     ) -> None:
         assert self._states is not None and self._actions is not None
         length = int(self._lengths[slot])
+        enough = self._quota is not None and self._quota[slot] == 0
+        if not enough:
+            total = float(np.sum(self._rewards[slot, :length], dtype=np.float64))
+            self._curve.append((self._next, self.steps, total, length, success))
+            self._next += 1
+        if enough or self._begun[slot] < self._from_step:
+            self.left_out_episodes += 1
+            self.left_out_steps += length
+            return
+        if self._quota is not None:
+            self._quota[slot] -= 1
         # Copies: the buffers go on being written while the writer may still hold the trajectory.
         trajectory = Trajectory(
             domain=self._domain,
             task=self._task,
-            episode=self._next,
-            seed=self._seeds[slot],
+            episode=self._next - 1,
+            seed=self.seeds[slot],
             states=self._states[slot, :length].copy(),
             actions=self._actions[slot, :length].copy(),
             rewards=self._rewards[slot, :length].copy(),
@@ -188,8 +271,6 @@ class Recorder:
             state_layout=self._layout,
         )
         self._writer.add(trajectory)
-        self._curve.append((self._next, self.steps, trajectory.total, length))
-        self._next += 1
         self.episodes += 1
 
     def _grow(self) -> None:
@@ -217,3 +298,19 @@ def _success(infos: dict[str, Any], slot: int) -> bool | None:
         return None
     value = final["success"][slot]
     return None if value is None else bool(value)
+
+
+def read_curve(folder: Path) -> pa.Table:
+    """Reads the learning curve of a task, columns of `CURVE_SCHEMA`.
+
+    Raises:
+        BadInput: It is missing or not one of ours.
+    """
+    path = Path(folder) / CURVE
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"{path}: not a readable learning curve ({str(error).splitlines()[0]})") from error
+    if not table.schema.equals(CURVE_SCHEMA, check_metadata=False):
+        raise BadInput(f"{path}: columns are {table.column_names}, expected {CURVE_SCHEMA.names}")
+    return table

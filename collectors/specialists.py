@@ -14,7 +14,6 @@ What it trades away: Dark-Room runs at 25,000 to 40,000 steps a second, so nothi
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +22,22 @@ from typing import Any, Literal
 import numpy as np
 
 from lram.collectors.darkroom import Room, make, parse_task, rooms, task_name
+from lram.collectors.defaults import defaults, source
 from lram.collectors.recorder import Recorder
 from lram.datasets.index import read_index, task_folder
 from lram.datasets.specs import BadInput
 from lram.datasets.writer import TaskWriter, finished, same_provenance
 
 DOMAIN = "darkroom"
+_DEFAULTS = defaults("ppo", DOMAIN)
 
 
 @dataclass(frozen=True)
 class DarkRoomSettings:
-    """Settings of the Dark-Room specialists; the defaults are the paper's 10x10 rooms at 100,000 steps a goal."""
+    """Settings of the Dark-Room specialists; the defaults are the paper's 10x10 rooms at 100,000 steps a goal.
+
+    How they learn stands in settings/ppo_darkroom.yaml.
+    """
 
     size: int = 10
     """Side of the square grid, in cells."""
@@ -43,25 +47,25 @@ class DarkRoomSettings:
     """Pay only the first step on the goal in an episode, not every one."""
     keydoor: bool = False
     """Dark Key-Door: a key has to be found before the goal pays."""
-    steps: int = 100_000
+    steps: int = _DEFAULTS["steps"]
     """Transitions per goal, rounded up to whole episodes in every slot."""
     seed: int = 0
     """Seed from which every goal's own is derived."""
-    num_envs: int = 20
+    num_envs: int = _DEFAULTS["num_envs"]
     """Slots that one agent acts in at once."""
-    learning_rate: float = 2e-3
+    learning_rate: float = _DEFAULTS["learning_rate"]
     """Adam's step size; 1e-3 stretches the improvement over twice as many episodes, 3e-3 shortens it."""
-    epochs: int = 4
+    epochs: int = _DEFAULTS["epochs"]
     """Passes over the transitions of an update; an update follows one episode in every slot."""
-    minibatches: int = 4
+    minibatches: int = _DEFAULTS["minibatches"]
     """Pieces that the transitions of an update are cut into."""
-    gamma: float = 0.99
+    gamma: float = _DEFAULTS["gamma"]
     """Discount."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = _DEFAULTS["gae_lambda"]
     """Lambda of the generalised advantage estimate."""
-    entropy: float = 0.01
+    entropy: float = _DEFAULTS["entropy"]
     """Weight of the entropy bonus."""
-    hidden: int = 64
+    hidden: int = _DEFAULTS["hidden"]
     """Width of the one hidden layer of policy and value."""
 
 
@@ -160,14 +164,14 @@ def _train(settings: DarkRoomSettings, room: Room, seed: int, writer: TaskWriter
     )
     agent.learn(settings.steps)
     recorder.close()
+    recorder.write_curve()
     # Every update is one episode in every slot, so none can be cut off.
     assert recorder.left_out_steps == 0
 
 
 def _source() -> str:
     """Says who made the trajectories."""
-    names = ("lram", "stable-baselines3", "torch", "numpy")
-    return "Dark-Room PPO specialist: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return source("Dark-Room PPO specialist", "stable-baselines3")
 
 
 def _provenance(settings: DarkRoomSettings) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from lram.datasets.trajectory import Trajectory, scan_bytes
 
 LIMIT_SHOWN = 20
 """A time limit counts as known when this many trajectories of a task were truncated at it."""
-BELONGS = re.compile(r"index\.parquet|shard-\d{5,}\.tar|\d{3,}")
+BELONGS = re.compile(r"index\.parquet|learning_curve\.parquet|shard-\d{5,}\.tar|\d{3,}")
 """Names that a task's folder may hold, beside hidden ones."""
 
 

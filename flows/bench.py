@@ -1,31 +1,46 @@
-"""Measures the reader of training windows, and prints one table.
+"""Measures a part of the product, and prints one table.
 
     lram bench loader
-    lram bench loader --quick
+    lram bench convert --quick
 
-The measurements are those of `lram.datasets.bench_loader`; a bar that is not met is said, and changes no exit
+What is measured, and how, stands in the modules named below. A bar that is not met is said, and changes no exit
 status: what a machine shared with others measures is no failure of the code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from prefect import flow
 
+from lram.collectors.bench_collect import CollectBenchSettings, bench_collect
+from lram.converters.bench_convert import ConvertBenchSettings, bench_convert
 from lram.datasets.bench_loader import LoaderBenchSettings, Row, as_table, bench_loader
 from lram.flows.progress import console
+from lram.train.bench_train import TrainBenchSettings, bench_train
+
+__all__ = ["CollectBenchSettings", "ConvertBenchSettings", "LoaderBenchSettings", "TrainBenchSettings", "measure"]
+
+BENCHES: dict[type, Callable[..., Iterator[Row]]] = {
+    CollectBenchSettings: bench_collect,
+    ConvertBenchSettings: bench_convert,
+    LoaderBenchSettings: bench_loader,
+    TrainBenchSettings: bench_train,
+}
 
 
-@flow(name="bench-loader")
-def measure_loader(settings: LoaderBenchSettings) -> list[Row]:
-    """Measures every reader on the same data.
+@flow(name="bench", validate_parameters=False)
+def measure(settings: Any) -> list[Row]:
+    """Measures what the settings are of.
 
     Returns:
         The rows of the table.
     """
-    return list(bench_loader(settings, lambda text: console.print(f"bench      {text}")))
+    return list(BENCHES[type(settings)](settings, lambda text: console.print(f"bench      {text}")))
 
 
-def main(settings: LoaderBenchSettings) -> int:
+def main(settings: Any) -> int:
     """Runs the flow and prints the table."""
-    print(as_table(measure_loader(settings)))
+    print(as_table(measure(settings)))
     return 0

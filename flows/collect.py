@@ -8,20 +8,17 @@ Goals run in parallel over processes; a Prefect task is one goal. Goals complete
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-from prefect.futures import as_completed
+import tyro
+from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from lram.collectors.specialists import DarkRoomSettings, tasks_of, train_goal
-from lram.datasets.index import write_description
-from lram.flows.processes import process_pool
-from lram.flows.progress import bar
+from lram.collectors.specialists import DOMAIN, DarkRoomSettings, tasks_of, train_goal
+from lram.datasets.writer import finished
+from lram.flows.specialists import collect_tasks
 
 
 @dataclass(frozen=True)
@@ -32,16 +29,14 @@ class CollectSettings:
     """Dataset directory to write to."""
     goals: Literal["all", "training", "holdout"] = "all"
     """Which goals get a specialist; hold-out goals are needed for evaluation, not for training."""
+    at_most: int = 0
+    """Goals to train in this run, those that are complete not counted; 0 trains all: a nightly share, say."""
     workers: int = 0
     """Goals trained at once, each on one core; 0 takes all cores."""
-    specialist: DarkRoomSettings = field(default_factory=DarkRoomSettings)
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers, of one thread each, train instead of this machine's processes."""
+    specialist: Annotated[DarkRoomSettings, tyro.conf.arg(name="")] = field(default_factory=DarkRoomSettings)
     """Settings of the specialists."""
-
-
-@task(task_run_name="{name}", cache_policy=NO_CACHE)
-def train_specialist(name: str, settings: CollectSettings, pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """Trains the specialist of one goal in a worker process."""
-    return pool.submit(train_goal, settings.specialist, name, settings.root).result()
 
 
 @flow(name="collect-darkroom", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
@@ -52,13 +47,14 @@ def collect_darkroom(settings: CollectSettings) -> list[dict[str, Any]]:
         What `train_goal` says of each goal, in order of tasks.
     """
     names = tasks_of(settings.specialist, settings.goals)
-    with process_pool(settings.workers) as pool, bar("collect", len(names), "goals") as step:
-        futures = [train_specialist.submit(name, settings, pool) for name in names]
-        for future in as_completed(futures):
-            step(1, f"return {future.result()['last_return']:.1f}")
-        results = [future.result() for future in futures]
-    write_description(settings.root)
-    return results
+    if settings.at_most:
+        missing = [name for name in names if finished(settings.root, DOMAIN, name) is None]
+        names = [name for name in names if name not in missing[settings.at_most :]]
+    return collect_tasks(names, train_goal, settings.specialist, where=settings, note=_returned, unit="goals")
+
+
+def _returned(result: dict[str, Any]) -> str:
+    return f"return {result['last_return']:.1f}"
 
 
 def main(settings: CollectSettings) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from lram.collectors.darkroom import DarkRoomVector, make
-from lram.collectors.recorder import Recorder
+from lram.collectors.recorder import CURVE, Recorder, read_curve
 from lram.collectors.sb3 import OneHotCells, RecordVecEnv, VectorToSb3, slot_seeds
+from lram.datasets.check import check_task
 from lram.datasets.index import read_index
+from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import Trajectory, read
 from lram.datasets.writer import TaskWriter
 
@@ -181,6 +182,86 @@ def test_learning_curve(tmp_path: Path) -> None:
     assert curve["length"].tolist() == [4, 6, 4, 4, 6]
     # Walking right passes the goal at (0, 1) once.
     assert curve["return"].tolist() == [1, 0, 1, 1, 0]
+    assert curve["success"].tolist() == [True, False, True, True, False]
+
+
+ROOM = "room3x3-h5-goal-00-01"
+
+
+def walk(recorder: Recorder, steps: int, slots: int = 2) -> None:
+    """Walks right and back left from the start of an episode; slot 0 passes the goal."""
+    env = make(ROOM, slots)
+    recorder.reset(env.reset()[0])
+    for number in range(steps):
+        actions = np.array([1 if number % 2 == 0 else 3, 4])[:slots]
+        states, *rest = env.step(actions)
+        recorder.step(actions, states, *rest)
+
+
+def test_the_curve_is_written_beside_the_trajectories(tmp_path: Path) -> None:
+    with TaskWriter(tmp_path, "darkroom", "task", {}) as writer:
+        recorder = Recorder(writer, "darkroom", "task", [0, 1], "test")
+        walk(recorder, 12)
+        path = recorder.write_curve()
+        writer.finish()
+    assert path == tmp_path / "darkroom" / "task" / CURVE
+    table = read_curve(path.parent)
+    assert table.to_pydict() == {
+        "episode": [0, 1, 2, 3],
+        "steps": [10, 10, 20, 20],
+        "return": [3.0, 0.0, 2.0, 0.0],
+        "length": [5] * 4,
+        "success": [True, False, True, False],
+    }
+    assert check_task(path.parent).findings == []
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BadInput, match=r"learning_curve\.parquet: not a readable learning curve"):
+        read_curve(path.parent)
+
+
+def test_a_recording_goes_on_where_it_was(tmp_path: Path) -> None:
+    for name in ("whole", "stopped"):
+        with TaskWriter(tmp_path / name, "darkroom", "task", {}) as writer:
+            recorder = Recorder(writer, "darkroom", "task", [0, 1], "test", first_episode=0)
+            walk(recorder, 7)
+            recorder.close()
+            recorder.write_curve()
+            state = recorder.state()
+            if name == "stopped":
+                walk(recorder, 20)  # what a killed run did after its checkpoint
+                recorder.write_curve()
+                recorder = Recorder(writer, "darkroom", "task", [0, 1], "test", first_episode=0)
+                recorder.restore(state)
+            walk(recorder, 20)
+            recorder.close()
+            recorder.write_curve()
+            writer.finish()
+            assert (recorder.steps, recorder.episodes) == (54, 10)
+            assert (recorder.left_out_episodes, recorder.left_out_steps) == (2, 4)
+    for path in (tmp_path / "whole").rglob("*.*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "stopped" / path.relative_to(tmp_path / "whole")).read_bytes()
+    with TaskWriter(tmp_path / "stopped", "darkroom", "task", {}) as writer:
+        recorder = Recorder(writer, "darkroom", "task", [0, 1], "test", first_episode=0)
+        with pytest.raises(BadInput, match="has 10 episodes, expected 12; remove the folder to begin again"):
+            recorder.restore(state | {"next": 12})
+
+
+def test_only_late_episodes_or_as_many_of_every_slot(tmp_path: Path) -> None:
+    with TaskWriter(tmp_path, "darkroom", "late", {}) as writer:
+        recorder = Recorder(writer, "darkroom", "late", [0, 1], "test", from_step=10)
+        walk(recorder, 15)
+        assert (recorder.episodes, recorder.left_out_episodes, recorder.left_out_steps) == (4, 2, 10)
+        assert recorder.curve()["episode"].tolist() == [0, 1, 2, 3, 4, 5]
+        writer.finish()
+    assert read_index(tmp_path / "darkroom" / "late").numpy("episode").tolist() == [2, 3, 4, 5]
+    with TaskWriter(tmp_path, "darkroom", "task", {}) as writer:
+        recorder = Recorder(writer, "darkroom", "task", [0, 1], "test", quota=[1, 2])
+        walk(recorder, 15)
+        assert (recorder.episodes, recorder.left_out_episodes) == (3, 3)
+        writer.finish()
+    index = read_index(tmp_path / "darkroom" / "task")
+    assert index.numpy("episode").tolist() == [0, 1, 2] and index.numpy("seed").tolist() == [0, 1, 1]
 
 
 def test_the_next_run_appends(tmp_path: Path) -> None:
@@ -280,19 +361,3 @@ def test_one_hot_cells_show_the_cell_and_the_key() -> None:
     states, _, dones, rows = venv.step(np.array([2, 0]))
     assert dones.all() and states.argmax(1).tolist() == [0, 0]
     assert [row["terminal_observation"].argmax() for row in rows] == [6 + 5, 0]
-
-
-def test_recording_a_step_is_cheap(tmp_path: Path) -> None:
-    env = make("room10x10-goal-09-09", 64)
-    with TaskWriter(tmp_path, "darkroom", "task", {}) as writer:
-        recorder = Recorder(writer, "darkroom", "task", range(64), "test")
-        recorder.reset(env.reset()[0])
-        actions = env.action_space.sample()
-        best = float("inf")
-        for _ in range(9):
-            results = [env.step(actions) for _ in range(10)]
-            start = time.perf_counter()
-            for result in results:
-                recorder.step(actions, *result)
-            best = min(best, (time.perf_counter() - start) / 10)
-    assert best < 300e-6  # about 15 microseconds alone on a core; the bound is for a busy machine
