@@ -16,7 +16,7 @@ import contextlib
 import mmap
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,7 +38,7 @@ def batches_ahead(
     windows: Windows,
     updates: Sequence[int],
     split: str,
-    per_domain: int,
+    per_domain: int | Mapping[str, int],
     seed: int,
     part: tuple[int, int] = (0, 1),
     workers: int = 2,
@@ -49,7 +49,7 @@ def batches_ahead(
         windows: What to draw from.
         updates: Numbers of the updates.
         split: "train" or "validation".
-        per_domain: Windows of each domain, over all ranks.
+        per_domain: Windows of each domain over all ranks, one number or one for each.
         seed: Seed of the run.
         part: (rank, ranks).
         workers: Processes; 0 reads in this one, when asked.

@@ -14,7 +14,7 @@ split) and on nothing else, so a run resumes from the update's number, on any nu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,14 @@ class WindowSettings:
         context: Steps C of a window of one episode.
         episodes: Whole episodes a window holds; None takes the domain's own (`DomainSpec.window_episodes`).
         gap: Distance between the episodes of a window, in episodes of the task.
+        top: Share of each task's trajectories that windows are cut from (in chains: that they end in), those of the
+            highest returns, at least one, of equal ones the earlier; training and validation apart.
     """
 
     context: int = 50
     episodes: int | None = None
     gap: int = 100
+    top: float = 1.0
 
     def chain(self, domain: str) -> int:
         """Returns how many whole episodes a window of this domain holds; 1 means `context` steps."""
@@ -113,7 +116,7 @@ class Windows:
         for reader in readers:
             self.tasks.setdefault(reader.domain.name, []).append(reader)
         self._draws = {
-            (domain, split): Draw(tasks, split == "validation", settings.chain(domain), settings.gap)
+            (domain, split): Draw(tasks, split == "validation", settings.chain(domain), settings.gap, settings.top)
             for domain, tasks in self.tasks.items()
             for split in ("train", "validation")
         }
@@ -128,13 +131,13 @@ class Windows:
                 )
 
     @classmethod
-    def open(cls, root: Path, settings: WindowSettings) -> Windows:
-        """Opens the indices of all tasks below ROOT, several at once.
+    def open(cls, root: Path, settings: WindowSettings, folders: list[Path] | None = None) -> Windows:
+        """Opens the indices of all tasks below ROOT, or of those in `folders`, several at once.
 
         Raises:
             BadInput: ROOT is missing or holds no task, or an index cannot be used.
         """
-        folders = find_tasks(root)
+        folders = find_tasks(root) if folders is None else folders
         with ThreadPoolExecutor(min(len(folders), os.cpu_count() or 1)) as pool:
             return cls(list(pool.map(open_task, folders)), settings)
 
@@ -159,7 +162,7 @@ class Windows:
         self,
         update: int,
         split: str,
-        per_domain: int,
+        per_domain: int | Mapping[str, int],
         seed: int,
         part: tuple[int, int] = (0, 1),
         allocate: Allocate = np.empty,
@@ -169,7 +172,7 @@ class Windows:
         Args:
             update: Number of the optimizer update.
             split: "train" or "validation".
-            per_domain: Windows of each domain, over all ranks.
+            per_domain: Windows of each domain over all ranks, one number or one for each.
             seed: Seed of the run.
             part: (rank, ranks): of the same draw, each rank reads its own part.
             allocate: Makes the arrays of a batch.
@@ -179,7 +182,8 @@ class Windows:
         """
         for domain in sorted(self.tasks):
             if self._draws[domain, split].count:
-                yield self.read(domain, self.draw(domain, update, split, per_domain, seed, part), split, allocate)
+                count = per_domain if isinstance(per_domain, int) else per_domain[domain]
+                yield self.read(domain, self.draw(domain, update, split, count, seed, part), split, allocate)
 
     def draw(
         self, domain: str, update: int, split: str, count: int, seed: int, part: tuple[int, int] = (0, 1)
@@ -327,7 +331,7 @@ class Draw:
         count: How many there are.
     """
 
-    def __init__(self, tasks: list[TaskReader], validation: bool, chain: int, gap: int) -> None:
+    def __init__(self, tasks: list[TaskReader], validation: bool, chain: int, gap: int, top: float = 1.0) -> None:
         self._tasks = tasks
         # Episodes of a window, as distances from the last one.
         self._back = np.arange(chain - 1, -1, -1) * gap
@@ -338,6 +342,9 @@ class Draw:
             for distance in self._back[:-1]:
                 chosen &= np.isin(task.episodes - distance, task.episodes)
             picked = np.flatnonzero(chosen)
+            if top < 1:
+                best_first = np.lexsort((task.episodes[picked], -task.returns[picked]))
+                picked = np.sort(picked[best_first[: max(1, round(top * len(picked)))]])
             owners.append(np.full(len(picked), number, np.int32))
             rows.append(picked.astype(np.int32))
             weights.append(task.lengths[picked])

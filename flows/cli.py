@@ -17,16 +17,40 @@ from typing import Any
 # Name of the command, its module in lram.flows, its settings' class, what it is for.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quickstart": ("quickstart", "QuickstartSettings", "from nothing to an agent that learns in context, in minutes"),
+    "envs": ("envs", "EnvsSettings", "show which environments can be built here, and what to install for the rest"),
     "collect darkroom": ("collect", "CollectSettings", "train Dark-Room specialists and record their training"),
+    "collect dmcontrol": (
+        "collect_dmcontrol",
+        "CollectDmcontrolSettings",
+        "train DMControl specialists, recorded",
+    ),
+    "collect metaworld": (
+        "collect_metaworld",
+        "CollectMetaworldSettings",
+        "train Meta-World specialists, or play scripts",
+    ),
+    "collect mimicgen": ("collect_mimicgen", "CollectMimicgenSettings", "generate MimicGen trajectories"),
+    "collect procgen": ("collect_procgen", "CollectProcgenSettings", "train Procgen specialists, recorded"),
+    "convert composuite": ("convert", "ComposuiteSettings", "convert Composuite's offline data"),
+    "convert dqn-replay": ("convert", "DqnReplaySettings", "convert the DQN-Replay dataset (Atari)"),
+    "convert lram": ("convert", "LramSettings", "convert the sets that LRAM's authors published"),
+    "convert mimicgen": ("convert", "MimicgenSettings", "convert MimicGen and robomimic files"),
+    "convert minari": ("convert", "MinariSettings", "convert a Minari dataset"),
+    "convert procgen": ("convert", "ProcgenSettings", "convert Procgen recordings of RA-DT"),
     "index": ("index", "IndexSettings", "rebuild a dataset's indices from its files"),
     "check": ("check", "CheckSettings", "check a dataset; exit status 1 when anything is wrong"),
     "report": ("report", "ReportSettings", "write a dataset's quality report as HTML and JSON"),
     "pack": ("pack", "PackSettings", "pack a dataset into one sharded Zarr store"),
-    "unpack": ("pack", "UnpackSettings", "unpack a Zarr store to the files it was made from"),
+    "unpack": ("pack", "UnpackSettings", "unpack a Zarr store or tar shards to plain files"),
     "export": ("export", "ExportSettings", "give a dataset to Minari or to the LRAM code"),
+    "publish": ("publish", "PublishSettings", "publish a dataset on the Hub, or as the same files in a directory"),
+    "download": ("download", "DownloadSettings", "download a published dataset, or some tasks of it"),
     "train": ("train", "TrainSettings", "train a policy on a dataset"),
     "evaluate": ("evaluate", "EvaluateSettings", "measure in-context learning, with intervals and a plot"),
+    "bench collect": ("bench", "CollectBenchSettings", "measure what recording costs"),
+    "bench convert": ("bench", "ConvertBenchSettings", "measure the converters"),
     "bench loader": ("bench", "LoaderBenchSettings", "measure the readers of training windows"),
+    "bench train": ("bench", "TrainBenchSettings", "measure training, per backbone and size"),
 }
 
 

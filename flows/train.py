@@ -1,6 +1,7 @@
 """Trains a policy on a dataset.
 
     lram train ROOT --size 16M --backbone xlstm
+    lram train ROOT --holdout --init RUN --top 0.05 --updates 25000
     train_policy(TrainSettings(root=Path("ROOT")))
 
 This is the trainer of `lram.train.trainer` with a progress bar, in this process. For several processes or
@@ -14,7 +15,7 @@ from typing import Any
 
 from prefect import flow
 
-from lram.flows.progress import bar
+from lram.flows.progress import bar, console
 from lram.train.trainer import TrainSettings, train
 
 
@@ -34,7 +35,7 @@ def train_policy(settings: TrainSettings) -> Path:
             step(line["update"] - done, note)
             done = line["update"]
 
-        out = train(settings, report)
+        out = train(settings, report, console.print)
         if not done:  # the run was complete already
             step(settings.updates, "complete")
         return out

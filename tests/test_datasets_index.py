@@ -18,6 +18,7 @@ from lram.datasets.index import (
     write_description,
     write_index,
 )
+from lram.datasets.shards import shard_task
 from lram.datasets.specs import BadInput
 from lram.datasets.writer import TaskWriter
 
@@ -97,6 +98,16 @@ def test_fingerprint_follows_the_data(write, make, tmp_path):
     with TaskWriter(tmp_path / "b", "darkroom", "task", {"maker": "test"}) as writer:
         writer.add(make(episode=12))
     assert fingerprint(folders[:1]) != fingerprint(folders[1:])
+
+
+def test_fingerprint_is_that_of_the_content(write, tmp_path):
+    folder = write(tmp_path / "a")
+    shard_task(folder, tmp_path / "shards", 20_000)
+    shards = tmp_path / "shards" / "darkroom" / "task"
+    assert read_index(shards).table.column_names != read_index(folder).table.column_names
+    assert fingerprint([shards]) == fingerprint([folder])
+    assert fingerprint([write(tmp_path / "b", task="other")]) != fingerprint([folder])
+    assert fingerprint([write(tmp_path / "c", length=19)]) != fingerprint([folder])
 
 
 def test_the_description_counts_and_names_reference_scores(write, tmp_path):

@@ -228,6 +228,49 @@ def test_chains_hold_whole_episodes_in_order(make, tmp_path, storage, split):
         assert np.array_equal(batch.mask[b], counted)
 
 
+def test_only_the_best_trajectories_of_each_task_are_drawn(make, tmp_path):
+    returns = {"one": [3, 9, 9, 1, 9, 5, 2, 8, 0, 4] * 6, "two": [1, 0, 0, 0]}
+    for name, values in returns.items():
+        with TaskWriter(tmp_path, "metaworld", name, {}) as writer:
+            for episode, value in enumerate(values):
+                rewards = np.array([value, 0, 0], np.float32)
+                writer.add(make("metaworld", episode, 3, name, rewards=rewards))
+            writer.finish()
+    windows = Windows.open(tmp_path, WindowSettings(context=3, top=0.05))
+    for split in ("train", "validation"):
+        pieces = [piece for update in range(40) for piece in windows.draw("metaworld", update, split, 16, seed=0)]
+        for task in windows.tasks["metaworld"]:
+            ours = np.flatnonzero(task.validation == (split == "validation"))
+            ranked = sorted(ours, key=lambda row: (-task.returns[row], task.episodes[row]))
+            best = ranked[: max(1, round(0.05 * len(ours)))]
+            assert {piece.row for piece in pieces if piece.task is task} == set(best)
+    assert windows.transitions == 3 * 64
+
+
+def test_chains_end_in_the_best_of_those_that_have_a_history(make, tmp_path):
+    with TaskWriter(tmp_path, "darkroom", "room", {}) as writer:
+        for episode in range(40):  # the best of all have nothing before them
+            writer.add(make("darkroom", episode, 2, "room", rewards=np.array([40 - episode, 0], np.float32)))
+        writer.finish()
+    windows = Windows.open(tmp_path, WindowSettings(gap=10, top=0.1))
+    ends = {piece.row for update in range(20) for piece in windows.draw("darkroom", update, "train", 16, 0) if piece.at}
+    task = windows.tasks["darkroom"][0]
+    train = [row for row in range(10, 40) if not task.validation[row]]
+    assert ends == set(train[: round(0.1 * len(train))])
+
+
+def test_each_domain_has_its_own_number_of_windows(opened):
+    counts = {"atari": 1, "composuite": 5, "dmcontrol": 2, "metaworld": 3, "procgen": 4}
+    batches = list(opened["files"].batches(0, "train", counts, seed=0))
+    assert {batch.domain.name: len(batch.mask) for batch in batches} == counts
+
+
+def test_chosen_folders_alone_are_opened(stored):
+    folders = [stored / "files" / "atari" / "gzip"]
+    windows = Windows.open(stored / "files", WindowSettings(context=3), folders)
+    assert [task.folder for task in windows.every_task] == folders
+
+
 def test_histories_too_short_for_the_gap_are_refused(write, tmp_path):
     write(tmp_path, "darkroom", count=5)
     with pytest.raises(BadInput, match="no windows of 2 episodes 100 apart, the longest history has 5 episodes"):

@@ -6,12 +6,9 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,42 +17,6 @@ from lram.flows.cli import COMMANDS
 from lram.train import checkpoint
 
 LRAM = [sys.executable, "-m", "lram.flows.cli"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """A Prefect server of its own, as a user who runs one has."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "0"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}/api"
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait()
-
-
-@pytest.fixture
-def lram(server):
-    """Runs `lram …` and returns the finished process."""
-
-    def run(*words: object) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PREFECT_API_URL": server, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*LRAM, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300, check=False
-        )
-
-    return run
 
 
 def api(server: str, path: str, body: dict) -> list[dict]:
@@ -68,7 +29,7 @@ def api(server: str, path: str, body: dict) -> list[dict]:
 
 def test_the_whole_way_by_single_commands(lram, server, tmp_path):
     root = tmp_path / "data"
-    small = ("--specialist.size", 3, "--specialist.horizon", 6, "--specialist.steps", 600)
+    small = ("--size", 3, "--horizon", 6, "--steps", 600)
     collected = lram("collect", "darkroom", root, "--goals", "training", *small)
     assert collected.returncode == 0, collected.stderr
     assert "7 goals (0 were complete already), 700 trajectories" in collected.stdout

@@ -14,6 +14,7 @@ import torch
 from lram.datasets.specs import BadInput
 from lram.model.policy import Policy, PolicySettings
 from lram.train.checkpoint import (
+    TRAINED,
     WEIGHTS,
     State,
     best,
@@ -94,39 +95,49 @@ def test_a_pickle_in_place_of_optimizer_state_does_not_run(tmp_path):
 
 
 SAVER = """
-import sys
+import os, sys
 from pathlib import Path
 from lram.train.checkpoint import State, save
 from lram.model.policy import Policy, PolicySettings
 import torch
+torch.set_num_threads(1)
 settings = dict(backbone="dt", size="tiny", slstm=False, max_steps=4, image=False)
 policy = Policy(PolicySettings(**settings))
 optimizer = torch.optim.AdamW(policy.parameters())
-update = int(sys.argv[2])
-while True:
-    update += 1
-    save(Path(sys.argv[1]), State(update=update, policy=settings), policy, optimizer)
-    if update % 2:
-        print(update, flush=True)
+update = 0
+for line in sys.stdin:  # a process that saves, for each that was killed: starting torch is what costs
+    pid = os.fork()
+    if pid == 0:
+        update = int(line)
+        while True:
+            update += 1
+            save(Path(sys.argv[1]), State(update=update, policy=settings), policy, optimizer, policy)
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
 """
 
 
-def test_a_kill_while_saving_leaves_a_loadable_checkpoint(tmp_path):
+def test_20_kills_while_saving_leave_a_loadable_checkpoint(tmp_path):
     rng = random.Random(0)
-    last = 0
-    for _ in range(5):
-        run = [sys.executable, "-c", SAVER, str(tmp_path), str(last)]
-        process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        for _ in range(4):  # four moments a process: starting torch is what costs
-            time.sleep(rng.uniform(0, 0.03))
-            os.kill(process.pid, signal.SIGSTOP)
-            _, state = load_policy(tmp_path)
+    last, cut = 0, 0
+    run = [sys.executable, "-c", SAVER, str(tmp_path)]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(20):
+            process.stdin.write(f"{last}\n")
+            process.stdin.flush()
+            pid = int(process.stdout.readline())
+            while not [path for path in checkpoints(tmp_path) if path.name > f"update-{last:09d}"]:
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(pid, signal.SIGKILL)
+            assert process.stdout.readline() == "dead\n"
+            policy, state = load_policy(tmp_path)
+            load_weights(policy, find(tmp_path), TRAINED)
+            load_optimizer(torch.optim.AdamW(policy.parameters()), find(tmp_path))
             assert state.update >= last
             last = state.update
-            os.kill(process.pid, signal.SIGCONT)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        _, state = load_policy(tmp_path)
-        assert state.update >= last
-    assert last > 5
+            cut += bool(list(tmp_path.glob(".update-*.tmp")))
+        process.stdin.close()
+    assert last >= 20
+    assert cut > 5, "no kill fell into the writing of a checkpoint"

@@ -1,177 +1,233 @@
-from __future__ import annotations
+"""The evaluator: which tasks, which returns, results that survive a kill, and what it writes."""
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lram.collectors.darkroom import DarkRoomVector, parse_task, rooms, task_name
-from lram.datasets.specs import BadInput
+from lram.collectors.darkroom import rooms, task_name
+from lram.datasets.check import check_task
+from lram.datasets.index import read_index
+from lram.datasets.specs import BadInput, tasks
+from lram.datasets.trajectory import read
 from lram.model.policy import Policy, PolicySettings
 from lram.train import checkpoint
 from lram.train.evaluate import (
-    Actor,
     EvaluateSettings,
+    all_jobs,
+    chosen,
     evaluate,
-    goals_of,
-    in_context_returns,
-    key_figures,
-    results_folder,
-    summarise,
+    finish,
+    key_of,
+    play_in_training,
+    play_share,
+    protocol,
+    remaining,
+    rollouts,
+    targets,
 )
-from lram.train.trainer import TrainSettings, train
+from lram.train.results import read_results
+from lram.train.rollouts import RolloutSettings, share
+from lram.train.settings import TrainSettings, plain
 
-SETTINGS = EvaluateSettings(checkpoint=Path("none"), trials=4, seeds=2)
-TASKS = [task_name(room) for room in rooms(3, horizon=6)[0][:3]]
-
-
-def actor(backbone: str = "xlstm", seed: int = 0) -> Actor:
-    torch.manual_seed(0)
-    policy = Policy(PolicySettings(backbone=backbone, size="tiny", max_steps=12, image=False)).eval()
-    return Actor(policy, "darkroom", torch.Generator().manual_seed(seed), 1.0)
+ROOMS = [f"darkroom/{task_name(room)}" for room in rooms(5, horizon=6)[0][:4]]
+HOLDOUT = [f"darkroom/{task_name(room)}" for room in rooms(5, horizon=6)[1]]
 
 
-def test_an_agent_that_knows_the_way_gets_the_best_return():
-    goals = [parse_task(task).goal for task in TASKS for _ in range(SETTINGS.seeds)]
-
-    def walk(states, returns, rewards):
-        down = np.array([goal[0] for goal in goals]) > states[:, 0]
-        right = np.array([goal[1] for goal in goals]) > states[:, 1]
-        return np.where(down, 2, np.where(right, 1, 4))
-
-    for returns_NS in in_context_returns(walk, TASKS, SETTINGS, 5.0):
-        best = [[parse_task(task).best_return] * SETTINGS.seeds for task in TASKS]
-        assert returns_NS.tolist() == best
-
-
-def test_returns_asked_for_fall_by_what_was_paid_and_start_anew():
-    seen = []
-
-    def stay(states, returns, rewards):
-        seen.append((returns.copy(), np.array(rewards)))
-        return np.full(len(states), 2)
-
-    list(in_context_returns(stay, TASKS, SETTINGS, 5.0))
-    horizon = parse_task(TASKS[0]).horizon
-    for step, (returns, _) in enumerate(seen):
-        if step % horizon == 0:
-            assert (returns == 5.0).all()
-        else:
-            assert np.array_equal(returns, seen[step - 1][0] - seen[step][1])
-
-
-@pytest.mark.parametrize("backbone", ["xlstm", "mamba", "dt"])
-def test_each_step_equals_encoding_the_whole_context(backbone):
-    """What the recurrent state gives is what one forward pass over past and present episodes gives."""
-    settings = replace(SETTINGS, trials=3, context_episodes=2)
-    player = actor(backbone)
-    policy, logged = player.policy, []
-    inner = player.act
-
-    def spy(states, returns, rewards):
-        actions = inner(states, returns, rewards)
-        logged.append((states.copy(), returns.copy(), np.array(rewards, np.float64), actions))
-        return actions
-
-    player.act = spy
-    list(in_context_returns(player, TASKS, settings, 3.0))
-    # Replay the third trial from scratch: the second, with the returns it really had, then its own steps.
-    states, asked, rewards, actions = (np.stack(part, axis=1) for part in zip(*logged))
-    past, now = slice(6, 12), slice(12, 18)
-    env = DarkRoomVector([task for task in TASKS for _ in range(settings.seeds)])
-    env.reset()
-    paid = np.stack([env.step(actions[:, t])[1] for t in range(18)], axis=1)[:, past]
-    true_returns = np.cumsum(paid[:, ::-1], axis=1)[:, ::-1]
-    before = np.concatenate([np.zeros((6, 1)), paid[:, :-1]], axis=1)
-    inputs = (
-        np.concatenate([states[:, past], states[:, now]], axis=1),
-        np.concatenate([true_returns, asked[:, now]], axis=1),
-        np.concatenate([before, rewards[:, now]], axis=1),
-    )
-    assert np.array_equal(rewards[:, 12], paid[:, -1])
-    padded = np.zeros((6, 12, 204), np.float32)
-    padded[..., :2] = inputs[0]
+def save_run(out: Path, names: list[str], seed: int = 0, backbone: str = "xlstm") -> Path:
+    """Writes the checkpoint of an untrained policy that says it was trained on `names`."""
+    torch.manual_seed(seed)
+    policy = Policy(PolicySettings(backbone=backbone, size="tiny", max_steps=4, image=False))
     with torch.no_grad():
-        tensors = [torch.from_numpy(array.astype(np.float32)) for array in (padded, *inputs[1:])]
-        whole = policy(*tensors)[:, 6:, :5]
-        fresh = Actor(policy, "darkroom", torch.Generator(), 1.0)
-        fresh.remember(states[:, past], true_returns, before)
-        for t in range(6):
-            step = fresh._encode(states[:, 12 + t, None], asked[:, 12 + t, None], rewards[:, 12 + t, None])
-            assert torch.allclose(step[:, 0, :5], whole[:, t], atol=1e-4)
-
-
-def test_slots_do_not_depend_on_their_neighbours():
-    alone = [list(in_context_returns(actor_greedy(), [task], replace(SETTINGS, seeds=1), 3.0)) for task in TASKS]
-    together = list(in_context_returns(actor_greedy(), TASKS, replace(SETTINGS, seeds=1), 3.0))
-    for number in range(len(TASKS)):
-        assert [trial[number, 0] for trial in together] == [trial[0, 0] for trial in alone[number]]
-
-
-def actor_greedy() -> Actor:
-    player = actor()
-    player.temperature = 1e-6
-    return player
-
-
-def test_the_same_seed_plays_the_same_episodes():
-    one, two, other = (list(in_context_returns(actor(seed=s), TASKS, SETTINGS, 3.0)) for s in (1, 1, 2))
-    assert np.array_equal(one, two)
-    assert not np.array_equal(one, other)
-
-
-def test_a_state_carried_through_all_trials_is_never_reset():
-    player = actor()
-    list(in_context_returns(player, TASKS, replace(SETTINGS, context_episodes=0), 3.0))
-    carried = player.state
-    list(in_context_returns(player, TASKS, replace(SETTINGS, context_episodes=2, trials=1), 3.0))
-    assert carried is not None and player.state is not carried
-
-
-def test_goal_sets_are_disjoint_and_of_the_same_rooms():
-    training, holdout = rooms(5, horizon=20)
-    names = [f"darkroom/{task_name(room)}" for room in training]
-    sets = goals_of([*names, "procgen/bigfish"], "both")
-    assert len(sets["training"]) == 20 and len(sets["holdout"]) == 5
-    assert set(sets["holdout"]) == {task_name(room) for room in holdout}
-    assert list(goals_of(names, "holdout")) == ["holdout"]
-    with pytest.raises(BadInput, match="not trained on Dark-Room"):
-        goals_of(["procgen/bigfish"], "both")
-    with pytest.raises(BadInput, match="one horizon"):
-        list(in_context_returns(lambda *a: None, [TASKS[0], "room5x5-goal-01-01"], SETTINGS, 1.0))
-
-
-def test_key_figures_are_of_the_first_trial_and_the_last_fifth():
-    returns = np.arange(20.0)[:, None, None] + np.zeros((20, 4, 2))
-    curve = {"policy": summarise(returns, 0), "random": summarise(returns * 0 + 3, 0)}
-    assert key_figures(curve) == {"first_trial": 0, "last_fifth": 17.5, "rise": None, "random_mean": 3}
-    curve["policy"] = summarise(returns + 1, 0)
-    assert key_figures(curve)["rise"] == 18.5
-    assert curve["policy"]["low"] == curve["policy"]["high"] == list(range(1, 21))
-
-
-def test_an_evaluation_writes_results_and_plot(rooms_run, tmp_path):
-    told = []
-    settings = EvaluateSettings(rooms_run, trials=3, seeds=2, out=tmp_path)
-    result = evaluate(settings, lambda *a: told.append(a))
-    assert told[:3] == [("training goals", 1, 3), ("training goals", 2, 3), ("training goals", 3, 3)]
-    assert json.loads((tmp_path / "in_context.json").read_text()) == json.loads(json.dumps(result))
-    assert (tmp_path / "in_context.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert set(result["curves"]) == {"training", "holdout"}
-    curve = result["curves"]["training"]
-    returns = np.array(curve["policy"]["returns"])
-    assert returns.shape == (7, 2, 3)
-    assert np.allclose(returns.mean(axis=(0, 1)), curve["policy"]["mean"])
-    assert results_folder(replace(settings, out=None)) == rooms_run / "evaluation"
-    newest = checkpoint.find(rooms_run)
-    assert results_folder(EvaluateSettings(newest)) == rooms_run / "evaluation"
-    assert evaluate(replace(settings, checkpoint=newest)) == result
+        policy.head.weight.mul_(3)
+    trained = plain(TrainSettings(Path("data"), out, size="tiny", seed=seed, backbone=backbone))
+    state = checkpoint.State(7, {}, (2.0, 7), dataclasses.asdict(policy.settings), trained)
+    state.dataset, state.target_returns = {"tasks": names}, dict.fromkeys(names, 3.0)
+    checkpoint.save(out, state, policy, torch.optim.AdamW(policy.parameters()))
+    return out
 
 
 @pytest.fixture(scope="module")
-def rooms_run(rooms, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("run")
-    return train(TrainSettings(rooms, out, size="tiny", updates=4, per_domain=8, gap=10, validate_every=4))
+def run(tmp_path_factory) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / "one", ROOMS)
+
+
+@pytest.fixture
+def settings(run, tmp_path) -> EvaluateSettings:
+    return EvaluateSettings(run, tmp_path / "out", protocol="training", episodes=3, slots=4, workers=1)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    """An evaluation of four rooms that was not interrupted: its settings and its result."""
+    settings = EvaluateSettings(
+        run, tmp_path_factory.mktemp("whole"), protocol="training", episodes=3, slots=4, workers=1
+    )
+    return settings, evaluate(settings)
+
+
+def test_protocols_choose_tasks():
+    trained = ["metaworld/reach-v2", "metaworld/push-v2", *ROOMS]
+    held_out = [f"metaworld/{task.name}" for task in tasks().values()
+                if task.domain == "metaworld" and task.split == "holdout"]  # fmt: skip
+    assert chosen(trained, "training") == sorted(trained)
+    assert set(chosen(trained, "holdout")) == {*held_out, *HOLDOUT}
+    assert set(chosen(trained, "all")) == {*trained, *held_out, *HOLDOUT}
+    assert chosen(trained, "training", ["metaworld/*", "metaworld/push-v2"]) == trained[1::-1]
+    # A full name may be of any task; a pattern that fits nothing is a mistake.
+    assert chosen(trained, "training", ["dmcontrol/walker-stand"]) == ["dmcontrol/walker-stand"]
+    for wrong in ("dmcontrol/*", "walker-stand", "nowhere/task", "metaworld/"):
+        with pytest.raises(BadInput, match="fits no task of protocol training"):
+            chosen(trained, "training", [wrong])
+    # What was trained on is no hold-out task any more: evaluation after fine-tuning.
+    assert held_out[0] not in chosen([*trained, held_out[0]], "holdout")
+    with pytest.raises(BadInput, match="no tasks to play"):
+        chosen(["composuite/x"], "training", []) and chosen([], "holdout")
+
+
+def test_auto_is_in_context_for_rooms_alone(run, tmp_path, settings):
+    mixed = save_run(tmp_path / "mixed", ["metaworld/reach-v2", *ROOMS])
+    assert protocol(EvaluateSettings(run)) == "in-context"
+    assert protocol(EvaluateSettings(run, tasks=("darkroom/*",))) == "training"
+    assert protocol(EvaluateSettings(mixed)) == "training"
+    assert protocol(EvaluateSettings(mixed, protocol="holdout")) == "holdout"
+
+
+def test_returns_asked_for():
+    state = checkpoint.State(target_returns={"metaworld/reach-v2": 1500.0, "darkroom/a": 3.0, "darkroom/b": 5.0})
+    table = tasks()["metaworld", "reach-v2"].target_return
+    assert targets(state, ["metaworld/reach-v2"], "best") == {"metaworld/reach-v2": 1500.0}
+    assert targets(state, ["metaworld/reach-v2"], "table") == {"metaworld/reach-v2": table}
+    assert targets(state, ["metaworld/push-v2"], "best")["metaworld/push-v2"] == pytest.approx(1791.2247)
+    assert targets(state, ["darkroom/c"], "best") == {"darkroom/c": 4.0}
+    assert targets(state, ["darkroom/c"], "-2.5") == {"darkroom/c": -2.5}
+    for names, how, words in ((["darkroom/c"], "table", "neither its data"), (["x/y"], "bset", "--target bset")):
+        with pytest.raises(BadInput, match=words):
+            targets(state, names, how)
+
+
+def test_results_are_whole_and_repeatable(evaluated, settings):
+    whole, result = evaluated
+    assert {episode["task"] for episode in result["episodes"]} == set(ROOMS)
+    assert [episode["episode"] for episode in result["episodes"]] == [0, 1, 2] * 4
+    assert json.loads((whole.out / "evaluation.json").read_text()) == result
+    table = pq.read_table(whole.out / "episodes.parquet").to_pylist()
+    assert [row["return"] for row in table] == [episode["return"] for episode in result["episodes"]]
+    assert table[0]["domain"] == "darkroom" and table[0]["normalised"] is None
+    assert (whole.out / "evaluation.html").stat().st_size > 10_000
+    assert result["domains"]["darkroom"]["played"] == 4 and result["domains"]["darkroom"]["tasks"] == 0
+    # Other slots, other processes, parts of it first: the same numbers.
+    other = replace(settings, slots=3, workers=2)
+    play_share(other, share(remaining(other), (1, 2)), "episodes-0001.jsonl")
+    assert len(remaining(other)) == 6
+    assert evaluate(other)["episodes"] == result["episodes"]
+    assert remaining(other) == []
+
+
+def test_more_episodes_add_to_those_there_are(evaluated, settings):
+    _, result = evaluated
+    first = evaluate(replace(settings, episodes=1, tasks=(ROOMS[0],)))
+    assert len(first["episodes"]) == 1
+    grown = replace(settings, episodes=3)
+    assert len(remaining(grown)) == 11
+    assert evaluate(grown)["episodes"] == result["episodes"]
+    # Another seed, return or temperature is another evaluation, in the same file.
+    folder = checkpoint.best(settings.checkpoint)
+    keys = {key_of(replace(settings, **{name: value}), folder) for name, value in
+            (("seed", 1), ("target", "2"), ("temperature", 0.5), ("slots", 9), ("episodes", 4))}  # fmt: skip
+    assert len(keys) == 4 and len(remaining(replace(grown, seed=1))) == 12
+
+
+KILLED = """
+from pathlib import Path
+from lram.train.evaluate import EvaluateSettings, evaluate
+if __name__ == "__main__":
+    evaluate(EvaluateSettings(Path({run!r}), Path({out!r}), protocol="training", episodes=3, slots=4, workers=1))
+"""
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_scores(evaluated, settings, tmp_path):
+    _, whole = evaluated
+    script = tmp_path / "evaluate.py"
+    script.write_text(KILLED.format(run=str(settings.checkpoint), out=str(settings.out)))
+    lines = settings.out / "episodes.jsonl"
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while (not lines.exists() or lines.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    played = read_results(settings.out, key_of(settings, checkpoint.best(settings.checkpoint)))
+    assert 2 <= len(played) < 12
+    with lines.open("ab") as file:  # what a kill in the middle of a write leaves
+        file.write(lines.read_bytes()[:40])
+    assert len(remaining(settings)) == 12 - len(played)
+    result = evaluate(settings)
+    assert result["episodes"] == whole["episodes"] and result["domains"] == whole["domains"]
+    assert lines.read_bytes().count(b"\n") == 13
+    # Simulators do not outlive whom they simulate for.
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_recorded_episodes_are_a_dataset(settings, tmp_path):
+    recorded = replace(settings, record=tmp_path / "data", tasks=tuple(ROOMS[:2]))
+    evaluate(replace(recorded, record=None))
+    assert len(remaining(recorded)) == 6  # they have results, but no trajectories
+    result = evaluate(recorded)
+    assert remaining(recorded) == []
+    for name in ROOMS[:2]:
+        folder = tmp_path / "data" / name
+        assert check_task(folder).findings == []
+        index = read_index(folder)
+        assert index.meta["complete"] and index.meta["provenance"]["seed"] == 0
+        returns = [episode["return"] for episode in result["episodes"] if episode["task"] == name]
+        assert index.table["return"].to_pylist() == returns
+    trajectory = read(next((tmp_path / "data" / ROOMS[0]).glob("*/*.hdf5")))
+    assert trajectory.source == "lram evaluate, xlstm tiny, update 7" and trajectory.length == 6
+    with pytest.raises(BadInput, match="was made with"):
+        remaining(replace(recorded, temperature=0.5))
+
+
+def test_runs_are_compared_and_seeds_grouped(evaluated, settings, tmp_path):
+    whole, _ = evaluated
+    others = []
+    for name, seed, backbone in (("two", 1, "xlstm"), ("three", 0, "mamba")):
+        other = save_run(tmp_path / name, ROOMS, seed, backbone)
+        evaluate(EvaluateSettings(other, protocol="training", episodes=2, slots=8, workers=1))
+        others.append(other)
+    finish(replace(whole, compare=tuple(others)))
+    text = (whole.out / "evaluation.html").read_text()
+    content = json.loads(text.split('id="content">')[1].split("</script>")[0])
+    assert content["comparison"] == []  # rooms have no reference scores
+    with pytest.raises(BadInput, match="evaluate it first"):
+        finish(replace(whole, compare=(tmp_path,)))
+
+
+def test_a_policy_is_played_in_training(run):
+    policy, state = checkpoint.load_policy(run)
+    policy.train()
+    line = play_in_training(policy, ROOMS[:2], targets(state, ROOMS, "best"), 2, RolloutSettings(slots=4, workers=1))
+    assert policy.training and line.keys() == {"failed", "return/darkroom", "success/darkroom"} and line["failed"] == 0
+    assert np.isfinite(line["return/darkroom"])
+
+
+def test_numbers_that_mean_nothing_are_refused(settings):
+    for wrong in ({"episodes": 0}, {"slots": 0}, {"timeout": -1}):
+        with pytest.raises(BadInput, match=f"--{next(iter(wrong))}"):
+            rollouts(replace(settings, **wrong))
+    # No more rows than episodes of a domain, and as many when half of them are played already.
+    assert rollouts(replace(settings, slots=64)).slots == len(all_jobs(settings)) == 12

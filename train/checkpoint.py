@@ -3,8 +3,9 @@
     save(OUT, state, policy, optimizer)             # OUT/update-000001000/
     policy, state = load_policy(OUT)                # the newest; or one checkpoint's own folder
 
-A checkpoint holds `policy.safetensors` (weights), `optimizer.pt` (tensors and numbers only, loaded with
-`weights_only=True`) and `state.json` (update, settings, validation perplexity, what the policy was trained on).
+A checkpoint holds `policy.safetensors` (the weights that are validated and act), `optimizer.pt` (tensors and
+numbers only, loaded with `weights_only=True`) and `state.json` (update, settings, validation perplexity, what the
+policy was trained on). Where those weights are an average, `trained.safetensors` holds the ones it is taken of.
 The folder is filled under a temporary name and renamed, so a kill leaves either all of it or nothing. Keeping
 two of them costs the disk of two models with their optimizer moments.
 """
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from lram.datasets.specs import BadInput
 from lram.model.policy import Policy, PolicySettings
 
-WEIGHTS, OPTIMIZER, STATE = "policy.safetensors", "optimizer.pt", "state.json"
+WEIGHTS, TRAINED, OPTIMIZER, STATE = "policy.safetensors", "trained.safetensors", "optimizer.pt", "state.json"
 
 
 @dataclass
@@ -40,7 +41,7 @@ class State:
         best: Lowest mean validation perplexity so far, and the update it was seen at.
         policy: `PolicySettings` as a dict.
         train: `TrainSettings` as a dict.
-        dataset: Fingerprint of the data: root, tasks, transitions, hash of the indices.
+        dataset: Fingerprint of the data: tasks, transitions, hash of the content, what was left out.
         target_returns: Best return in the data, by "<domain>/<task>".
     """
 
@@ -61,14 +62,17 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(out: Path, state: State, policy: Policy, optimizer: torch.optim.Optimizer) -> Path:
+def save(
+    out: Path, state: State, policy: Policy, optimizer: torch.optim.Optimizer, trained: Policy | None = None
+) -> Path:
     """Writes a checkpoint and removes those that are neither the newest nor the best.
 
     Args:
         out: The run's folder.
         state: Where the run is.
-        policy: The policy, not wrapped.
-        optimizer: Its optimizer.
+        policy: The policy that acts, not wrapped.
+        optimizer: The optimizer.
+        trained: What the optimizer trains, where it is not `policy`.
 
     Returns:
         The checkpoint's folder.
@@ -78,6 +82,8 @@ def save(out: Path, state: State, policy: Policy, optimizer: torch.optim.Optimiz
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(policy.state_dict(), temporary / WEIGHTS)
+    if trained is not None:
+        save_file(trained.state_dict(), temporary / TRAINED)
     torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
     (temporary / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1))
     for path in temporary.iterdir():
@@ -159,20 +165,20 @@ def load_policy(path: Path, device: str | torch.device = "cpu") -> tuple[Policy,
     return policy.to(device).eval(), state
 
 
-def load_weights(policy: Policy, folder: Path) -> None:
-    """Loads a checkpoint's weights into a policy.
+def load_weights(policy: Policy, folder: Path, name: str = WEIGHTS) -> None:
+    """Loads a checkpoint's weights into a policy: those that act, or `TRAINED`.
 
     Raises:
         BadInput: They are unreadable, or of another size or backbone.
     """
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{folder / WEIGHTS}: not readable weights ({error})") from error
+        raise BadInput(f"{folder / name}: not readable weights ({error})") from error
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
-        saved = read_state(folder).policy
+        saved = {**dataclasses.asdict(PolicySettings()), **read_state(folder).policy}
         wanted = dataclasses.asdict(policy.settings)
         keys = [key for key in wanted if saved.get(key) != wanted[key]]
         differs = "; ".join(f"{key} is {saved.get(key)}, not {wanted[key]}" for key in keys) or "other weights"

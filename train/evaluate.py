@@ -1,297 +1,433 @@
-"""The evaluator: a policy plays many environments at once, one recurrent state per slot.
+"""The evaluator: how good a policy is, on which tasks, and with what certainty.
 
-    lram evaluate runs/quickstart/policy --trials 20
-    returns_NST = in_context_returns(policy, tasks, settings)
+    lram evaluate RUN --tasks 'dmcontrol/*' --episodes 20      # rollouts of training tasks
+    lram evaluate RUN --protocol holdout                       # tasks it never saw, zero-shot
+    lram evaluate RUN --trials 20                              # Dark-Room: in-context learning
+    lram evaluate RUN --compare OTHER-RUN ANOTHER-RUN          # beside what was measured of others
 
-In-context protocol (Laskin et al. 2022, paper Section 4.3): on each task the policy plays N trials without any
-weight update and keeps its context across them; a rising curve is learning. Each environment step is one call
-of three tokens: r_{t-1}, s_t, R_t. A random policy plays the same tasks for comparison.
-
-The context is either the recurrent state carried through all trials (`context_episodes=0`, the paper's way), or
-the last few episodes encoded afresh at each trial's start with the returns they really had, which is how the
-training windows look; the second costs one chunked forward pass a trial and never leaves the trained length.
+Rollouts play many episodes at once (`lram.train.rollouts`); every result is a line of `episodes.jsonl` as it comes,
+under a key of the weights and of how is played, so that a killed evaluation goes on where it was, one with more
+tasks or episodes adds to it, and another checkpoint's results never mix in. At the end come `evaluation.json`
+(everything), `episodes.parquet` and `evaluation.html`. Several processes or machines play shares of the episodes
+into files of their own. What could not be played is listed, and tried again next time.
+What it trades away: lines of older checkpoints stay in the file until somebody removes it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from lram.collectors import darkroom
-from lram.datasets.specs import DOMAINS, STATE_WIDTH, BadInput
+from lram.collectors import environments
+from lram.datasets.specs import DOMAINS, BadInput, reference, tasks
 from lram.datasets.trajectory import write_whole
-from lram.model.policy import Policy, choose_action
-from lram.model.state import State
-from lram.train import checkpoint
-from lram.train.metrics import bootstrap_mean
+from lram.model.policy import Policy
+from lram.train import checkpoint, incontext
+from lram.train.incontext import InContextSettings, Progress, playing, results_folder
+from lram.train.page import write_page
+from lram.train.results import (
+    CURVES,
+    EPISODES,
+    PAGE,
+    RESULT,
+    TABLE,
+    Lines,
+    Recording,
+    other_results,
+    read_results,
+    write_table,
+)
+from lram.train.rollouts import RolloutSettings, check, play
+from lram.train.scores import ALL, compare, normalised, summarise
+from lram.train.settings import FREE
+from lram.train.simulators import Job, Make
+
+__all__ = ["EvaluateSettings", "evaluate", "playing", "results_folder"]
+
+
+HOW = ("protocol", "episodes", "target", "temperature", "seed")
+"""Settings that the result repeats."""
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
-    """Settings of an in-context evaluation on Dark-Room."""
+class EvaluateSettings(InContextSettings):
+    """Settings of an evaluation."""
 
-    checkpoint: Path
-    """A checkpoint's folder, or a run's folder: then its best checkpoint."""
-    out: Path | None = None
-    """Folder for the results; by default `evaluation` inside the run's folder."""
-    goals: Literal["training", "holdout", "both"] = "both"
-    """Which goals to play: those the policy was trained on, those it never saw, or both."""
-    trials: int = 40
-    """Episodes on each goal, with the context kept."""
-    seeds: int = 3
-    """Independent repetitions of every goal."""
-    context_episodes: int = 2
-    """Episodes in the context, the running one included; 0 carries one recurrent state through all trials."""
-    target_return: float | None = None
-    """Return to ask for; by default the median over training goals of the best return in the data."""
-    temperature: float = 1.0
-    """Temperature of the actions' distribution."""
-    seed: int = 0
-    """Seed of the actions drawn."""
-
-
-Act = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""States (N, D), returns-to-go (N,) and previous rewards (N,), unscaled, to actions (N,)."""
-
-
-class Actor:
-    """A policy acting in N slots at once, with one recurrent state a slot.
-
-    Attributes:
-        state: The recurrent state of all slots; None at the start.
-    """
-
-    def __init__(self, policy: Policy, domain: str, generator: torch.Generator, temperature: float) -> None:
-        self.policy, self.spec = policy, DOMAINS[domain]
-        self.generator, self.temperature = generator, temperature
-        self.device = next(policy.parameters()).device
-        self.state: State = None
-
-    def _encode(self, states_NKD: np.ndarray, returns_NK: np.ndarray, rewards_NK: np.ndarray) -> torch.Tensor:
-        padded_NKS = np.zeros((*states_NKD.shape[:2], STATE_WIDTH), np.float32)
-        padded_NKS[..., : states_NKD.shape[2]] = states_NKD
-        scale = np.float32(self.spec.reward_scale)
-        states, returns, rewards = (
-            torch.from_numpy(array.astype(np.float32)).to(self.device)
-            for array in (padded_NKS, returns_NK / scale, rewards_NK / scale)
-        )
-        logits, self.state = self.policy.step(states, returns, rewards, self.state)
-        return logits
-
-    @torch.no_grad()
-    def act(self, states_ND: np.ndarray, returns_N: np.ndarray, rewards_N: np.ndarray) -> np.ndarray:
-        """Advances all slots by one environment step and draws their actions."""
-        logits = self._encode(states_ND[:, None], returns_N[:, None], rewards_N[:, None])
-        actions = choose_action(
-            logits[:, -1].float(), self.spec, self.spec.num_actions, self.generator, self.temperature
-        )
-        return actions.cpu().numpy()
-
-    @torch.no_grad()
-    def remember(self, states_NKD: np.ndarray, returns_NK: np.ndarray, rewards_NK: np.ndarray) -> None:
-        """Starts all slots afresh from K past steps, encoded in one chunk."""
-        self.state = None
-        self._encode(states_NKD, returns_NK, rewards_NK)
+    protocol: Literal["auto", "training", "holdout", "all", "in-context"] = "auto"
+    """Rollouts of training tasks, of hold-out tasks of the same domains (zero-shot), or of both; or in-context
+    learning, which auto takes where the policy was trained on Dark-Room alone and no tasks are named."""
+    tasks: tuple[str, ...] = ()
+    """Rollouts: tasks, as patterns of <domain>/<task> such as 'dmcontrol/*'; all of the protocol by default."""
+    episodes: int = 20
+    """Rollouts: episodes of each task."""
+    slots: int = 16
+    """Rollouts: episodes of a domain played at once."""
+    workers: int = 0
+    """Rollouts: processes with simulators; 0 takes one per core."""
+    timeout: float = 120.0
+    """Rollouts: seconds that one call of a simulator may take before its episode is given up."""
+    record: Path | None = None
+    """Rollouts: dataset directory to record the episodes in as well."""
+    compare: tuple[Path, ...] = ()
+    """Other runs, or folders of their results, to show beside this one; those that differ in the seed are a group."""
+    embedding: bool = False
+    """Draw a map of 32 windows of each task, embedded by the policy; reads the dataset it was trained on."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy is; auto takes CUDA when there is one."""
+    scheduler: str | None = None
+    """Rollouts: address of a Dask scheduler whose workers play shares of the episodes."""
 
 
-@dataclass
-class _Episode:
-    """What all slots saw during one trial: (N, T, D), (N, T), (N, T)."""
-
-    states: np.ndarray
-    rewards: np.ndarray
-
-    def context(self, before: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns states, true returns-to-go and previous rewards; `before` (N,) precedes the first step."""
-        returns = np.cumsum(self.rewards[:, ::-1], axis=1)[:, ::-1]
-        return self.states, returns, np.concatenate([before[:, None], self.rewards[:, :-1]], axis=1)
-
-
-def in_context_returns(
-    act: Actor | Act, tasks: list[str], settings: EvaluateSettings, target_return: float
-) -> Iterator[np.ndarray]:
-    """Plays `settings.trials` episodes on every task and seed, all slots at once.
-
-    Args:
-        act: An actor, or any function of (states, returns-to-go, previous rewards).
-        tasks: Dark-Room tasks of one horizon.
-        settings: Trials, seeds, context.
-        target_return: Return asked for at the start of each trial.
-
-    Yields:
-        The returns of one trial after the other, each (len(tasks), seeds).
-    """
-    env = darkroom.DarkRoomVector([task for task in tasks for _ in range(settings.seeds)])
-    if len({room.horizon for room in env.rooms}) > 1:
-        raise BadInput("in-context evaluation needs tasks of one horizon")
-    horizon, N = env.rooms[0].horizon, env.num_envs
-    past: list[_Episode] = []
-    states, _ = env.reset()
-    previous = np.zeros(N)
-    for _ in range(settings.trials):
-        if isinstance(act, Actor) and settings.context_episodes:
-            previous = _encode_past(act, past, N)
-        asked = np.full(N, float(target_return))
-        seen, paid = np.empty((N, horizon, states.shape[1]), np.float32), np.empty((N, horizon))
-        for t in range(horizon):
-            seen[:, t] = states
-            actions = (act.act if isinstance(act, Actor) else act)(states, asked, previous)
-            states, rewards, _, _, _ = env.step(actions)
-            asked -= rewards
-            previous = paid[:, t] = rewards
-        past = [*past, _Episode(seen, paid)][max(0, len(past) + 2 - settings.context_episodes) :]
-        yield paid.sum(1).reshape(len(tasks), settings.seeds)
-
-
-def _encode_past(actor: Actor, past: list[_Episode], slots: int) -> np.ndarray:
-    """Encodes past episodes afresh; returns the reward before the first step of the next one."""
-    before = np.zeros(slots)
-    pieces = []
-    for episode in past:
-        pieces.append(episode.context(before))
-        before = episode.rewards[:, -1]
-    actor.state = None
-    if pieces:
-        actor.remember(*(np.concatenate(parts, axis=1) for parts in zip(*pieces)))
-    return before
-
-
-def goals_of(tasks: list[str], which: str) -> dict[str, list[str]]:
-    """Returns the Dark-Room tasks to play by goal set: "training" as given, "holdout" of the same rooms.
-
-    Raises:
-        BadInput: There is no Dark-Room task among them.
-    """
-    rooms = [darkroom.parse_task(name.split("/", 1)[1]) for name in tasks if name.startswith("darkroom/")]
-    if not rooms:
-        raise BadInput("the checkpoint was not trained on Dark-Room, the one domain this evaluation plays")
-    first = rooms[0]
-    size = (first.rows, first.cols)
-    holdout = darkroom.rooms(size, first.key is not None, first.sparse, first.horizon)[1]
-    sets = {
-        "training": sorted(darkroom.task_name(room) for room in rooms),
-        "holdout": sorted(darkroom.task_name(room) for room in holdout if room not in rooms),
-    }
-    return sets if which == "both" else {which: sets[which]}
-
-
-def summarise(returns_TNS: np.ndarray, seed: int) -> dict[str, list[float]]:
-    """Returns the mean of every trial with its 95 % bootstrap interval over tasks and seeds."""
-    rng = np.random.default_rng(seed)
-    rows = [bootstrap_mean(trial, rng) for trial in returns_TNS]
-    mean, low, high = (list(column) for column in zip(*rows))
-    return {"mean": mean, "low": low, "high": high}
-
-
-def playing(settings: EvaluateSettings) -> dict[str, Any]:
-    """Returns the settings that decide how is played: all but what plays and where the results go."""
-    return {key: value for key, value in vars(settings).items() if key not in ("checkpoint", "out")}
-
-
-def results_folder(settings: EvaluateSettings) -> Path:
-    """Returns the folder for the results: `settings.out`, or `evaluation` inside the run's folder."""
-    run = Path(settings.checkpoint)
-    return settings.out or (run.parent if (run / checkpoint.STATE).is_file() else run) / "evaluation"
-
-
-Progress = Callable[[str, int, int], None]
-"""What is played, trials done, trials in all."""
-
-
-def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Plays the in-context protocol and writes `in_context.json` and `in_context.png`.
+def evaluate(settings: InContextSettings, progress: Progress | None = None, make: Make | None = None) -> dict[str, Any]:
+    """Evaluates a policy by the protocol its settings or its training tasks ask for, and writes the results.
 
     Args:
         settings: The checkpoint and how to play.
-        progress: Called after every trial.
+        progress: Called after every trial or episode.
+        make: Builds environments, those of `lram.collectors.environments` by default.
 
     Returns:
-        The content of the JSON file: every return, curves with intervals, the random policy's mean.
+        The content of `in_context.json` or `evaluation.json`.
 
     Raises:
-        BadInput: There is no usable checkpoint, or it was not trained on Dark-Room.
+        BadInput: There is no usable checkpoint, or a setting does not fit it.
+    """
+    if not isinstance(settings, EvaluateSettings):
+        return incontext.evaluate(settings, progress)
+    if protocol(settings) == "in-context":
+        result = incontext.evaluate(settings, progress)
+        _page(settings, {}, result)
+        return result
+    jobs = remaining(settings)
+    play_share(settings, jobs, progress=progress, make=make)
+    return finish(settings)
+
+
+def protocol(settings: EvaluateSettings) -> str:
+    """Returns the protocol that `auto` stands for."""
+    if settings.protocol != "auto":
+        return settings.protocol
+    trained = checkpoint.read_state(checkpoint.best(settings.checkpoint)).dataset["tasks"]
+    rooms = all(name.startswith("darkroom/") for name in trained)
+    return "in-context" if rooms and not settings.tasks else "training"
+
+
+# What is played ---------------------------------------------------------------------------------------------------
+
+
+def rollouts(settings: EvaluateSettings) -> RolloutSettings:
+    """Returns how episodes are played.
+
+    Raises:
+        BadInput: A number means nothing.
+    """
+    if settings.episodes < 1:
+        raise BadInput(f"--episodes {settings.episodes}: expected at least 1")
+    how = settings.workers, settings.temperature, settings.seed, settings.timeout
+    check(RolloutSettings(settings.slots, *how))
+    # Of all episodes, not of those that are left: rows of the forward pass are the same when it is continued.
+    most = max(Counter(job.domain for job in all_jobs(settings)).values())
+    return RolloutSettings(min(settings.slots, most), *how)
+
+
+def chosen(trained: list[str], which: str, patterns: Iterable[str] = ()) -> list[str]:
+    """Chooses the tasks to play.
+
+    Args:
+        trained: What the policy was trained on, as "<domain>/<task>".
+        which: "training", "holdout" or "all".
+        patterns: Shell patterns; a full name may also be of a task that is in neither set.
+
+    Raises:
+        BadInput: A pattern fits no task, or there is none.
+    """
+    domains = {name.split("/")[0] for name in trained}
+    holdout = [
+        f"{task.domain}/{task.name}" for task in tasks().values() if task.split == "holdout" and task.domain in domains
+    ]
+    if "darkroom" in domains:
+        holdout += [f"darkroom/{name}" for name in incontext.goals_of(trained, "holdout")["holdout"]]
+    holdout = [name for name in holdout if name not in trained]
+    offered = {"training": sorted(trained), "holdout": sorted(holdout)}
+    names = offered["training"] + offered["holdout"] if which == "all" else offered[which]
+    found: list[str] = [] if patterns else names
+    for pattern in patterns:
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        domain, _, task = pattern.partition("/")
+        if not fitting and domain in DOMAINS and task and not set("*?[") & set(task):
+            fitting = [pattern]
+        if not fitting:
+            example = names[0] if names else "none"
+            raise BadInput(f"--tasks {pattern!r} fits no task of protocol {which}, whose tasks are like {example}")
+        found += [name for name in fitting if name not in found]
+    if not found:
+        raise BadInput(f"there are no tasks to play for protocol {which} of a policy trained on {', '.join(domains)}")
+    return found
+
+
+def targets(state: checkpoint.State, names: list[str], how: str) -> dict[str, float]:
+    """Returns the return to ask for in every task.
+
+    Args:
+        state: What the checkpoint knows.
+        names: The tasks.
+        how: "best" of the task's data, or where it has none as in "table", or where that has none the median of its
+            domain's bests; "table": what `tasks.csv` says; or a number.
+
+    Raises:
+        BadInput: There is nothing to go by for a task, or `how` is none of these.
+    """
+    if how not in ("best", "table"):
+        try:
+            return dict.fromkeys(names, float(how))
+        except ValueError:
+            raise BadInput(f"--target {how}: expected best, table or a number") from None
+    found = {}
+    for name in names:
+        domain = name.split("/")[0]
+        row = reference(*name.split("/", 1))
+        bests = [best for other, best in state.target_returns.items() if other.startswith(f"{domain}/")]
+        if how == "best" and name in state.target_returns:
+            found[name] = state.target_returns[name]
+        elif row is not None and row.target_return is not None:
+            found[name] = row.target_return
+        elif how == "best" and bests:
+            found[name] = float(np.median(bests))
+        else:
+            raise BadInput(f"{name}: neither its data nor the table has a return to ask for; give a number as --target")
+    return found
+
+
+def key_of(settings: EvaluateSettings, folder: Path) -> str:
+    """Returns a hash of all that a result depends on besides its task and episode."""
+    weights = hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+    how = [weights, settings.target, settings.temperature, settings.seed]
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
+
+
+def all_jobs(settings: EvaluateSettings) -> list[Job]:
+    """Returns every episode of the evaluation."""
+    trained = checkpoint.read_state(checkpoint.best(settings.checkpoint)).dataset["tasks"]
+    names = chosen(trained, "training" if settings.protocol == "auto" else settings.protocol, settings.tasks)
+    return jobs_of(names, settings.episodes)
+
+
+def jobs_of(names: Iterable[str], episodes: int) -> list[Job]:
+    """Returns the first episodes of tasks given as "<domain>/<task>"."""
+    parts = (name.partition("/") for name in names)
+    return [Job(domain, task, episode) for domain, _, task in parts for episode in range(episodes)]
+
+
+def remaining(settings: EvaluateSettings) -> list[Job]:
+    """Returns the episodes without a result on disk, or with `record` without a trajectory there."""
+    rollouts(settings)
+    jobs = all_jobs(settings)
+    results = read_results(results_folder(settings), key_of(settings, checkpoint.best(settings.checkpoint)))
+    done = {(result["task"], result["episode"]) for result in results if "failed" not in result}
+    left = [job for job in jobs if (job.name, job.episode) not in done]
+    if settings.record is None:
+        return left
+    recording, again = _recording(settings, settings.record, jobs), set(left)
+    try:
+        return [job for job in jobs if job in again or job.episode not in recording.writers[job.name]]
+    finally:
+        recording.close()
+
+
+# Playing ----------------------------------------------------------------------------------------------------------
+
+
+def play_share(
+    settings: EvaluateSettings,
+    jobs: list[Job],
+    name: str = EPISODES,
+    progress: Progress | None = None,
+    make: Make | None = None,
+) -> int:
+    """Plays episodes and appends their results to a file of the results' folder: all of them, or a process's share.
+
+    Args:
+        settings: The checkpoint and how to play.
+        jobs: The episodes.
+        name: The file; no two processes may share one.
+        progress: Called after every episode.
+        make: Builds environments.
+
+    Returns:
+        Episodes that could not be played.
+    """
+    if not jobs:
+        return 0
+    folder = checkpoint.best(settings.checkpoint)
+    policy, state = checkpoint.load_policy(folder, device_of(settings.device))
+    asked = targets(state, list(dict.fromkeys(job.name for job in jobs)), settings.target)
+    lines = Lines(results_folder(settings) / name, key_of(settings, folder))
+    recording = _recording(settings, settings.record, jobs) if settings.record else None
+    source = f"lram evaluate, {label_of(state)}, update {state.update}"
+    failed = done = 0
+    try:
+        for result in play(
+            policy,
+            jobs,
+            asked,
+            rollouts(settings),
+            make or environments.make,
+            recording.add if recording else None,
+            source,
+        ):
+            lines.write(result)
+            failed, done = failed + ("failed" in result), done + 1
+            if progress:
+                progress(result["task"], done, len(jobs))
+    finally:
+        lines.close()
+        if recording:
+            recording.close()
+    return failed
+
+
+def _recording(settings: EvaluateSettings, root: Path, jobs: list[Job]) -> Recording:
+    """Opens the dataset that episodes are recorded in."""
+    folder = checkpoint.best(settings.checkpoint)
+    state = checkpoint.read_state(folder)
+    provenance = {
+        "policy": {"update": state.update, **state.policy},
+        "evaluation": key_of(settings, folder),
+        **{name: getattr(settings, name) for name in HOW if name not in ("protocol", "episodes")},
+    }
+    return Recording(root, dict.fromkeys(job.name for job in jobs), settings.episodes, provenance)
+
+
+def device_of(name: str) -> torch.device:
+    """Returns the device that `auto`, `cpu` or `cuda` stands for."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def play_in_training(
+    policy: Policy, names: list[str], asked: dict[str, float], episodes: int, settings: RolloutSettings
+) -> dict[str, float]:
+    """Plays a few episodes for the log of a training run.
+
+    Args:
+        policy: The policy that acts; it is put into evaluation mode and back.
+        names: Tasks, as "<domain>/<task>".
+        asked: Return to ask for in each.
+        episodes: Episodes of each task.
+        settings: How to play.
+
+    Returns:
+        By domain `return/<domain>`, and where it is known `score/<domain>` (normalised mean) and `success/<domain>`;
+        `failed` counts episodes that could not be played.
+    """
+    training = policy.training
+    policy.eval()
+    jobs = jobs_of(names, episodes)
+    results = list(play(policy, jobs, asked, settings))
+    policy.train(training)
+    line: dict[str, float] = {"failed": float(sum("failed" in result for result in results))}
+    ended = [result for result in results if "failed" not in result]
+    for domain in dict.fromkeys(result["task"].split("/")[0] for result in ended):
+        mine = [result for result in ended if result["task"].startswith(f"{domain}/")]
+        found = {
+            "return": [result["return"] for result in mine],
+            "score": [value for value in map(normalised, mine) if value is not None],
+            "success": [result["success"] for result in mine if result["success"] is not None],
+        }
+        line |= {f"{name}/{domain}": float(np.mean(values)) for name, values in found.items() if values}
+    return line
+
+
+# What is said of them ---------------------------------------------------------------------------------------------
+
+
+def label_of(state: checkpoint.State) -> str:
+    """Names a policy: `xlstm 16M`, `xlstm [7:1] 16M`."""
+    kind = " [7:1]" if state.policy.get("slstm") else ""
+    return f"{state.policy['backbone']}{kind} {state.policy['size']}"
+
+
+def finish(settings: EvaluateSettings) -> dict[str, Any]:
+    """Summarises the results on disk; writes the JSON, the Parquet file and the page.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        BadInput: A run to compare with has no results.
     """
     folder = checkpoint.best(settings.checkpoint)
-    policy, state = checkpoint.load_policy(folder)
-    target = settings.target_return
-    if target is None:
-        bests = [best for name, best in state.target_returns.items() if name.startswith("darkroom/")]
-        target = float(np.median(bests))
-    result: dict[str, Any] = {
+    state = checkpoint.read_state(folder)
+    wanted = {(job.name, job.episode) for job in all_jobs(settings)}
+    found = read_results(results_folder(settings), key_of(settings, folder))
+    results = [result for result in found if (result["task"], result["episode"]) in wanted]
+    summary = summarise(results, settings.seed)
+    latest = {(result["task"], result["episode"]): result for result in results}
+    result = {
+        "format": "lram-evaluation",
+        "version": 1,
         "checkpoint": folder.name,
+        "label": label_of(state),
         "update": state.update,
         "policy": state.policy,
-        "target_return": target,
-        "settings": playing(settings),
-        "curves": {},
+        "train": {name: value for name, value in state.train.items() if name not in FREE},
+        "settings": {
+            name: getattr(settings, name) for name in ("protocol", "episodes", "target", "temperature", "seed")
+        },
+        **summary,
+        "episodes": [latest[at] for at in sorted(latest)],
     }
-    torch.manual_seed(settings.seed)
-    for which, tasks in goals_of(state.dataset["tasks"], settings.goals).items():
-        if not tasks:
-            continue
-        actor = Actor(policy, "darkroom", torch.Generator().manual_seed(settings.seed), settings.temperature)
-        rng = np.random.default_rng(settings.seed)
-        players: dict[str, Actor | Act] = {
-            "policy": actor,
-            "random": lambda states, returns, rewards, rng=rng: rng.integers(5, size=len(states)),  # type: ignore[misc]
-        }
-        curves: dict[str, Any] = {"tasks": tasks}
-        for name, player in players.items():
-            trials = []
-            for returns_NS in in_context_returns(player, tasks, settings, target):
-                trials.append(returns_NS)
-                if progress and name == "policy":
-                    progress(f"{which} goals", len(trials), settings.trials)
-            returns_TNS = np.stack(trials)
-            curves[name] = summarise(returns_TNS, settings.seed)
-            curves[name]["returns"] = returns_TNS.transpose(1, 2, 0).tolist()  # task, seed, trial
-        best = [darkroom.parse_task(task).best_return for task in tasks]
-        curves["best_possible"] = float(np.mean(best))
-        result["curves"][which] = curves | key_figures(curves)
     out = results_folder(settings)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "in_context.json", json.dumps(result).encode())
-    plot(result, out / "in_context.png")
+    write_whole(out / RESULT, json.dumps(result).encode())
+    write_table(result["episodes"], out / TABLE)
+    _page(settings, result, None)
     return result
 
 
-def key_figures(curves: dict[str, Any]) -> dict[str, float | None]:
-    """Returns the first trial's mean, the last fifth's, their ratio (None over 0), and the random policy's mean."""
-    mean = np.array(curves["policy"]["mean"])
-    last = float(mean[-max(1, len(mean) // 5) :].mean())
-    random = float(np.mean(curves["random"]["mean"]))
-    first = float(mean[0])
-    return {"first_trial": first, "last_fifth": last, "rise": last / first if first else None, "random_mean": random}
+def grouped(results: list[tuple[str, dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Groups evaluations, given with their runs' names, whose policies differ in the training seed alone."""
+    groups: dict[str, tuple[str, list[list[dict[str, Any]]]]] = {}
+    for name, result in results:
+        same = {key: value for key, value in result["train"].items() if key not in ("seed", "init")}
+        identity = json.dumps([result["policy"], same, result["update"]], sort_keys=True)
+        label = result["label"]
+        if identity not in groups and label in [other for other, _ in groups.values()]:
+            label = f"{label} ({name})"
+        groups.setdefault(identity, (label, []))[1].append(result["episodes"])
+    return dict(groups.values())
 
 
-GOALS = {"training": "training", "holdout": "hold-out"}
+def _page(settings: EvaluateSettings, result: dict[str, Any], in_context: dict[str, Any] | None) -> None:
+    """Writes the page, with what there is of the other protocol and of the runs to compare with."""
+    out = results_folder(settings)
+    mine = Path(settings.checkpoint).resolve().name
+    played = [(mine, result)] if result else []
+    curves = [(mine, in_context or other_results(out, CURVES))]
+    for path in settings.compare:
+        name, other, curve = path.resolve().name, other_results(path, RESULT), other_results(path, CURVES)
+        if other is None and curve is None:
+            raise BadInput(f"{path}: no {RESULT} or {CURVES} there; evaluate it first")
+        played += [(name, other)] if other else []
+        curves += [(name, curve)]
+    content = {
+        "name": mine,
+        "result": result or None,
+        "comparison": compare(grouped(played), settings.seed) if len(played) > 1 else [],
+        "in_context": [{"name": name, **curve} for name, curve in curves if curve is not None],
+        "embedding": None,
+        "all": ALL,
+    }
+    if settings.embedding:
+        from lram.train.embedding import embedding
 
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Draws return over trial with intervals, one panel a goal set, with the random policy's line."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    curves = result["curves"]
-    figure = Figure(figsize=(4.6 * len(curves), 3.6), layout="constrained", dpi=150)
-    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for axis, (which, curve) in zip(axes, curves.items()):
-        trials = np.arange(1, len(curve["policy"]["mean"]) + 1)
-        label = f"{result['policy']['backbone']} {result['policy']['size']}"
-        for name, colour, text in (("policy", "#2166ac", label), ("random", "#888888", "random policy")):
-            axis.plot(trials, curve[name]["mean"], color=colour, label=text)
-            axis.fill_between(trials, curve[name]["low"], curve[name]["high"], color=colour, alpha=0.2, linewidth=0)
-        axis.axhline(curve["best_possible"], color="#444444", linestyle=":", linewidth=1, label="best possible")
-        axis.set(title=f"{len(curve['tasks'])} {GOALS[which]} goals", xlabel="trial", xlim=(1, trials[-1]))
-        axis.set_ylim(0, 1.08 * max(curve["best_possible"] for curve in curves.values()))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("return")
-    axes[0].legend(loc="center right", bbox_to_anchor=(1, 0.3), fontsize=8)
-    figure.savefig(path, metadata={"Software": None})
+        content["embedding"] = embedding(settings.checkpoint, device_of(settings.device), settings.seed)
+    write_page(content, out / PAGE)
