@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -122,29 +121,6 @@ def test_an_index_is_rebuilt(lram, rooms, tmp_path):
     checked = lram("check", tmp_path / "data")
     assert checked.returncode == 0, checked.stdout
     assert len((task / "index.parquet").read_bytes()) <= len(before)
-
-
-def test_the_deployment_runs_on_a_worker(server, tmp_path):
-    environment = {**os.environ, "PREFECT_API_URL": server, "PREFECT_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-
-    def prefect(*words: str) -> None:
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *words]
-        project = Path(__file__).parent.parent
-        done = subprocess.run(
-            command, cwd=project, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    prefect("work-pool", "create", "default", "--type", "process")
-    prefect("deploy", "--all")
-    small = {"size": 3, "horizon": 6, "steps": 600, "gap": 10, "updates": 10, "trials": 2}
-    parameters = json.dumps({"settings": {"out": str(tmp_path / "out"), **small}})
-    prefect("deployment", "run", "quickstart/quickstart", "--params", parameters)
-    prefect("worker", "start", "--pool", "default", "--run-once")
-    assert (tmp_path / "out" / "policy-xlstm" / "evaluation" / "in_context.png").exists()
-    runs = api(server, "flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}})
-    assert [run["state_type"] for run in runs] == ["COMPLETED"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
