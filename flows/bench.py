@@ -18,13 +18,22 @@ from lram.collectors.bench_collect import CollectBenchSettings, bench_collect
 from lram.converters.bench_convert import ConvertBenchSettings, bench_convert
 from lram.datasets.bench_loader import LoaderBenchSettings, Row, as_table, bench_loader
 from lram.flows.progress import console
+from lram.train.bench_inference import InferenceBenchSettings, bench_inference
 from lram.train.bench_train import TrainBenchSettings, bench_train
 
-__all__ = ["CollectBenchSettings", "ConvertBenchSettings", "LoaderBenchSettings", "TrainBenchSettings", "measure"]
+__all__ = [
+    "CollectBenchSettings",
+    "ConvertBenchSettings",
+    "InferenceBenchSettings",
+    "LoaderBenchSettings",
+    "TrainBenchSettings",
+    "measure",
+]
 
 BENCHES: dict[type, Callable[..., Iterator[Row]]] = {
     CollectBenchSettings: bench_collect,
     ConvertBenchSettings: bench_convert,
+    InferenceBenchSettings: bench_inference,
     LoaderBenchSettings: bench_loader,
     TrainBenchSettings: bench_train,
 }

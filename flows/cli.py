@@ -46,9 +46,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "publish": ("publish", "PublishSettings", "publish a dataset on the Hub, or as the same files in a directory"),
     "download": ("download", "DownloadSettings", "download a published dataset, or some tasks of it"),
     "train": ("train", "TrainSettings", "train a policy on a dataset"),
-    "evaluate": ("evaluate", "EvaluateSettings", "measure in-context learning, with intervals and a plot"),
+    "evaluate": ("evaluate", "EvaluateSettings", "play tasks with a policy: scores, intervals, a page of plots"),
+    "watch": ("watch", "WatchSettings", "film an episode that a policy plays"),
+    "export-policy": ("export_policy", "ExportPolicySettings", "put a policy in a folder of its own, with an example"),
     "bench collect": ("bench", "CollectBenchSettings", "measure what recording costs"),
     "bench convert": ("bench", "ConvertBenchSettings", "measure the converters"),
+    "bench inference": ("bench", "InferenceBenchSettings", "measure how long an action takes"),
     "bench loader": ("bench", "LoaderBenchSettings", "measure the readers of training windows"),
     "bench train": ("bench", "TrainBenchSettings", "measure training, per backbone and size"),
 }
