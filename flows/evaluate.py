@@ -34,6 +34,7 @@ from lram.train.incontext import GOALS
 from lram.train.results import CURVES, EPISODES, PAGE, RESULT
 from lram.train.rollouts import share
 from lram.train.scores import ALL
+from lram.train.simulators import Job
 
 
 @flow(name="evaluate")
@@ -52,13 +53,12 @@ def evaluate_policy(settings: EvaluateSettings) -> dict[str, Any]:
         if settings.scheduler is None:
             play_share(settings, jobs, progress=lambda name, done, total: step(1, name))
         elif jobs:
-            _play_on_dask(settings, step)
+            _play_on_dask(settings, jobs, step)
     return finish(settings)
 
 
-def _play_on_dask(settings: EvaluateSettings, step: Any) -> None:
+def _play_on_dask(settings: EvaluateSettings, jobs: list[Job], step: Any) -> None:
     """Gives every worker of a Dask cluster a share of what is left to play."""
-    jobs = remaining(settings)
     with workers(scheduler=settings.scheduler) as pool:
         parts = max(1, len(pool._client.scheduler_info()["workers"]))  # type: ignore[attr-defined]
         shares = [share(jobs, (part, parts), whole_tasks=settings.record is not None) for part in range(parts)]

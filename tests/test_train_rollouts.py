@@ -15,7 +15,7 @@ from lram.collectors import environments
 from lram.datasets.specs import DOMAINS, BadInput, state_columns
 from lram.model.policy import Policy, PolicySettings
 from lram.train.rollouts import LOST, Queue, RolloutSettings, check, play, share
-from lram.train.simulators import FIRST_SEED, Job, Simulators
+from lram.train.simulators import FIRST_SEED, Job, Simulators, _Played
 
 ROOMS = [f"room5x5-h8-goal-00-{column:02d}" for column in range(5)]
 ONE = RolloutSettings(slots=8, workers=1)
@@ -107,6 +107,16 @@ def test_continuous_rollouts_replay_in_the_simulator(domain, task, package):
     columns = state_columns(domain, env.state_layout, trajectory.states.shape[1])
     assert DOMAINS[domain].union is not np.array_equal(columns, np.arange(len(columns)))
     env.close()
+
+
+def test_a_slot_goes_from_any_episode_to_any_other():
+    pytest.importorskip("dm_control", reason="dm_control is an optional simulator")
+    held = _Played(environments.make, Job("dmcontrol", "cartpole-swingup", 0), seed=0)
+    for episode in (3, 1, 2):
+        assert held.go_to(episode) and held.episode == episode
+        fresh = _Played(environments.make, Job("dmcontrol", "cartpole-swingup", episode), seed=0)
+        assert np.array_equal(held.first, fresh.first)
+    assert not np.array_equal(held.first, _Played(environments.make, Job("dmcontrol", "cartpole-swingup", 2), 1).first)
 
 
 def test_atari_scores_are_the_game_s_and_images_arrive():

@@ -130,7 +130,7 @@ class _Played:
         if self.episode != episode:
             if not isinstance(self.env, Slots):
                 return False
-            pass
+            self.env.episodes[:] = episode - 1
             self.first, _ = self.env.reset()
             self.episode = episode
         self.total, self.length = 0.0, 0
@@ -298,7 +298,14 @@ class Simulators:
         ours, theirs = self._context.Pipe()
         arguments = (self._make, self._seed, self._raw, self._shape, worker, theirs)
         process = self._context.Process(target=_work, args=arguments, daemon=True, name=f"simulators-{worker}")
-        process.start()
+        # A Dask worker is a daemon, which multiprocessing lets have no children. These end with their parent anyway.
+        config: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
+        daemon = config.pop("daemon", None)
+        try:
+            process.start()
+        finally:
+            if daemon is not None:
+                config["daemon"] = daemon
         theirs.close()
         self._processes[worker], self._connections[worker] = process, ours
 
