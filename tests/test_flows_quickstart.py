@@ -84,12 +84,12 @@ def test_ten_kills_lose_and_double_nothing(whole, tmp_path):
         process.wait()
         process.stdout.close()
         process.stderr.close()
-        finished = (
+        complete = (
             [folder for folder in find_tasks(out / "dataset") if finished(out / "dataset", "darkroom", folder.name)]
             if (out / "dataset" / "darkroom").is_dir()
             else []
         )
-        reached.add((len(finished), len(list(out.glob("policy-*/update-*"))), (out / "report").exists()))
+        reached.add((len(complete), len(list(out.glob("policy-*/update-*"))), (out / "report").exists()))
     assert len(reached) > 1, "every kill hit the same place"
     end(start(out, home))
     assert state(out) == state(whole[0])
