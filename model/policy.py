@@ -185,10 +185,7 @@ class Policy(nn.Module):
 
     def _logits(self, y_BLD: Tensor, first: int = NUM_LOGITS) -> Tensor:
         count = self.settings.tokens_per_step
-        read_BTD = y_BLD[:, count - 1 :: count]
-        if first == NUM_LOGITS:
-            return self.head(read_BTD)
-        return F.linear(read_BTD, self.head.weight[:first], self.head.bias[:first])
+        return F.linear(y_BLD[:, count - 1 :: count], self.head.weight[:first], self.head.bias[:first])
 
 
 class PreviousAction(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -61,6 +62,15 @@ def test_the_optimizer_goes_on_where_it_was(tmp_path):
     assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
 
 
+def test_a_checkpoint_that_is_there_stays_as_it_is(tmp_path):
+    make_run(tmp_path, [10])
+    before = {path.name: path.read_bytes() for path in find(tmp_path).iterdir()}
+    other = Policy(PolicySettings(**{**TINY, "backbone": "mamba"}))
+    save(tmp_path, State(update=10), other, torch.optim.AdamW(other.parameters()))
+    assert before == {path.name: path.read_bytes() for path in find(tmp_path).iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["update-000000010"]
+
+
 def test_wrong_checkpoints_are_refused(tmp_path):
     make_run(tmp_path / "run", [10])
     folder = find(tmp_path / "run")
@@ -76,9 +86,14 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     (folder / "optimizer.pt").write_bytes(b"")
     with pytest.raises(BadInput, match="not readable optimizer state"):
         load_optimizer(torch.optim.AdamW(other.parameters()), folder)
-    (folder / "state.json").write_text("{}")
-    with pytest.raises(BadInput, match="not a checkpoint's state"):
-        load_policy(folder)
+    torch.save({}, folder / "optimizer.pt")
+    with pytest.raises(BadInput, match="not readable optimizer state"):
+        load_optimizer(torch.optim.AdamW(other.parameters()), folder)
+    state = json.loads((folder / "state.json").read_text())
+    for wrong in ("{}", "[]", json.dumps(state)[:50], json.dumps({**state, "policy": {"later": 1}})):
+        (folder / "state.json").write_text(wrong)
+        with pytest.raises(BadInput, match="not a checkpoint's state"):
+            load_policy(folder)
 
 
 def test_a_pickle_in_place_of_optimizer_state_does_not_run(tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 from lram.datasets.specs import BadInput
 from lram.train import checkpoint, trainer
-from lram.train.ranks import Ranks
+from lram.train.ranks import Ranks, device_of, start_ranks
 from lram.train.trainer import TrainSettings, train
 
 # At 5e-5 the kinks of the image encoder and AdamW have made 5e-5 of the last bit within 50 updates.
@@ -116,6 +116,13 @@ def test_torchrun_starts_ranks(write, tmp_path):
     # Vectors are not in the data: their encoder does not even decay, on any number of ranks.
     weights = [checkpoint.load_policy(out)[0].encode_vector.weight for out in (one, two)]
     assert torch.equal(*weights) and weights[0].std() > 0.01
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused():
+    assert device_of("auto") == device_of("cpu") == torch.device("cpu")
+    with pytest.raises(BadInput, match="--device cuda: PyTorch finds no CUDA device"):
+        start_ranks("cuda")
 
 
 def test_too_few_windows_for_the_ranks_are_refused(rooms, tmp_path, monkeypatch):

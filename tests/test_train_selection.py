@@ -62,6 +62,8 @@ def test_tasks_are_chosen_by_pattern_and_split(root):
         choose(root, ["procgen/bigfish"], holdout=True)
     with pytest.raises(BadInput, match="no task of atari to train on, which --mix names"):
         choose(root, mix={"atari": 2})
+    with pytest.raises(BadInput, match="no task to train on, --mix gives none of its domains a share"):
+        choose(root, mix={"procgen": 0, "dmcontrol": 0})
 
 
 def test_tasks_without_a_trajectory_are_left_out_and_counted(root):

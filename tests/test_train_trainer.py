@@ -336,10 +336,25 @@ def test_settings_that_mean_nothing_are_refused(rooms, tmp_path):
         ({"top": 0.0}, r"--top 0.0: expected a share"),
         ({"ema": 1.0}, r"--ema 1.0: expected a decay"),
         ({"per_domain": 0}, r"--per-domain 0: expected at least 1"),
+        ({"episodes": 0}, r"--episodes 0: expected at least 1"),
+        ({"readers": -1}, r"--readers -1: expected at least 0"),
+        ({"learning_rate": float("nan")}, r"--learning-rate nan: expected at least 0"),
+        ({"clip": 0.0}, r"--clip 0.0: expected a norm above 0"),
+        ({"slstm": True, "backbone": "mamba"}, r"--slstm: mamba has no sLSTM blocks, only xlstm does"),
     ):
         with pytest.raises(BadInput, match=message):
             train(settings_for(rooms, tmp_path / "run", **fields))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(rooms, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(BadInput, match=r"log.jsonl: cannot be continued as a log of JSON lines \("):
+            train(settings_for(rooms, tmp_path / place))
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(BadInput, match=r"cannot be continued as a log of JSON lines \('update'\)"):
+        train(settings_for(rooms, tmp_path))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -68,7 +68,7 @@ def save(
     """Writes a checkpoint and removes those that are neither the newest nor the best.
 
     Args:
-        out: The run's folder.
+        out: The run's folder; a checkpoint of the same update there stays as it is.
         state: Where the run is.
         policy: The policy that acts, not wrapped.
         optimizer: The optimizer.
@@ -78,6 +78,8 @@ def save(
         The checkpoint's folder.
     """
     folder = out / f"update-{state.update:09d}"
+    if folder.exists():
+        return folder
     temporary = out / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -86,11 +88,10 @@ def save(
         save_file(trained.state_dict(), temporary / TRAINED)
     torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
     (temporary / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1))
-    for path in temporary.iterdir():
+    for path in (*temporary.iterdir(), temporary):
         _fsync(path)
-    if folder.exists():  # a run that was resumed before it: same update, same weights
-        shutil.rmtree(folder)
     temporary.rename(folder)
+    _fsync(out)  # before what it replaces goes
     for other in checkpoints(out):
         if other not in (folder, out / f"update-{state.best[1]:09d}"):
             shutil.rmtree(other)
@@ -140,6 +141,7 @@ def read_state(path: Path) -> State:
     """
     try:
         fields = json.loads((path / STATE).read_text())
+        PolicySettings(**fields["policy"])  # of another version it may have fields that are not known here
         return State(**{**fields, "best": tuple(fields["best"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{path / STATE}: not a checkpoint's state ({error})") from error
@@ -193,6 +195,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """
     try:
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, KeyError, TypeError) as error:
         said = "unsafe content" if isinstance(error, UnpicklingError) else error
         raise BadInput(f"{folder / OPTIMIZER}: not readable optimizer state ({said})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 import uuid
@@ -21,30 +20,27 @@ Report = Callable[[dict[str, Any]], None]
 Item = TypeVar("Item")
 
 
-def need_wandb() -> None:
-    """Refuses to begin where Weights & Biases is asked for and missing.
-
-    Raises:
-        BadInput: It is.
-    """
-    if importlib.util.find_spec("wandb") is None:
-        raise BadInput("--wandb needs a package that is not installed: pip install wandb")
-
-
 class Log:
     """Writes every line to OUT/log.jsonl and TensorBoard, and hands it to the caller."""
 
     def __init__(self, settings: TrainSettings, update: int, report: Report) -> None:
-        """Opens the logs at an update; lines after it, which will be written again, are dropped."""
+        """Opens the logs at an update; lines after it, which will be written again, are dropped.
+
+        Raises:
+            BadInput: OUT cannot be written to, or holds another log.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         out = settings.out
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "log.jsonl"
-        old = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["update"] <= update]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            old = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["update"] <= update]
+            path.write_text("".join(f"{line}\n" for line in kept))
+            self._file = path.open("a")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}: cannot be continued as a log of JSON lines ({error})") from error
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=update + 1)
         self._wandb = _wandb(settings) if settings.wandb else None
         self._report = report

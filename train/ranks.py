@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lram.datasets.specs import BadInput
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -24,12 +26,23 @@ class Ranks:
         return values
 
 
+def device_of(name: str) -> torch.device:
+    """Returns the device that `auto`, `cpu` or `cuda` stands for.
+
+    Raises:
+        BadInput: There is no CUDA device, or PyTorch was built without.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: PyTorch finds no CUDA device on this machine")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def start_ranks(device: str) -> Ranks:
     """Joins the process group that torchrun describes in the environment, or stands alone."""
     rank, of = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    place = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    place = device_of(device)
     if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
     if of > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")

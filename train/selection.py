@@ -51,16 +51,12 @@ def choose(
     Raises:
         BadInput: A pattern or a domain in `mix` fits no task, nothing is left, or an index cannot be read.
     """
-    mix = mix or {}
+    patterns, mix = patterns or ("*",), mix or {}
     names = {f"{folder.parent.name}/{folder.name}": folder for folder in find_tasks(root)}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BadInput(f"{root}: no task matches --tasks {pattern!r}, its tasks are like {next(iter(names))}")
-    fitting = {
-        name: folder
-        for name, folder in names.items()
-        if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    fitting = {name: folder for name, folder in names.items() if any(fnmatchcase(name, each) for each in patterns)}
     for domain, share in mix.items():
         if share and not any(folder.parent.name == domain for folder in fitting.values()):
             raise BadInput(f"{root}: no task of {domain} to train on, which --mix names")
@@ -70,6 +66,8 @@ def choose(
     kinds = "tasks that are not hold-out tasks" if holdout else "hold-out tasks", "tasks without a trajectory"
     counts = len(fitting) - len(chosen), len(chosen) - len(filled)
     left_out = {kind: count for kind, count in zip(kinds, counts) if count}
+    if not fitting:
+        raise BadInput(f"{root}: no task to train on, --mix gives none of its domains a share")
     if not filled:
         why = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
         raise BadInput(f"{root}: no task to train on, there are {why}; --holdout trains on hold-out tasks")

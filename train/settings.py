@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,18 +109,27 @@ def plain(settings: TrainSettings) -> dict[str, Any]:
 
 
 def check(settings: TrainSettings) -> None:
-    """Refuses numbers that mean nothing.
+    """Refuses settings that mean nothing.
 
     Raises:
         BadInput: One of them does.
     """
+    if settings.wandb and find_spec("wandb") is None:
+        raise BadInput("--wandb needs a package that is not installed: pip install wandb")
+    if settings.slstm and settings.backbone != "xlstm":
+        raise BadInput(f"--slstm: {settings.backbone} has no sLSTM blocks, only xlstm does")
     if not 0 < settings.top <= 1:
         raise BadInput(f"--top {settings.top}: expected a share above 0 and up to 1")
     if not 0 <= settings.ema < 1:
         raise BadInput(f"--ema {settings.ema}: expected a decay from 0 to below 1")
-    for name in ("updates", "per_domain", "context", "gap", "log_every", "validate_every", "save_every"):
-        if getattr(settings, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected at least 1")
+    if not settings.clip > 0:
+        raise BadInput(f"--clip {settings.clip}: expected a norm above 0")
+    ones = ("updates", "per_domain", "context", "episodes", "gap", "log_every", "validate_every", "save_every")
+    zeros = ("learning_rate", "final_learning_rate", "weight_decay", "warmup", "seed", "readers")
+    for name, least in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= least:  # NaN is not
+            raise BadInput(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
 def learning_rate(settings: TrainSettings, update: int) -> float:

@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lram.datasets.ahead import batches_ahead
 from lram.datasets.index import fingerprint
 from lram.datasets.specs import DOMAINS, BadInput
-from lram.datasets.windows import Windows, WindowSettings
+from lram.datasets.windows import Batch, Windows, WindowSettings
 from lram.model.policy import Policy, PolicySettings, decayed
 from lram.train import checkpoint
-from lram.train.log import Clock, Log, Report, keep, need_wandb
+from lram.train.log import Clock, Log, Report, keep
 from lram.train.loss import EXPLODED, average, do_update, perplexities
 from lram.train.ranks import Ranks, start_ranks
 from lram.train.selection import choose, read_mix, share_out
 from lram.train.settings import FREE, TrainSettings, check, learning_rate, plain
-
-__all__ = ["TrainSettings", "build", "learning_rate", "open_windows", "train"]
 
 
 def train(settings: TrainSettings, report: Report | None = None, say: Callable[[str], None] | None = None) -> Path:
@@ -56,8 +54,6 @@ def train(settings: TrainSettings, report: Report | None = None, say: Callable[[
             is of another policy, or a loss is not finite or above `EXPLODED`.
     """
     check(settings)
-    if settings.wandb:
-        need_wandb()
     report = report or (lambda line: None)
     say = say or (lambda text: print(text, file=sys.stderr))
     ranks = start_ranks(settings.device)
@@ -120,20 +116,10 @@ def build(
         if settings.backbone == "dt" and steps > saved.max_steps:
             raise BadInput(f"{source}: a policy for windows of {saved.max_steps} steps, not the data's {steps}")
         steps, image = saved.max_steps, saved.image
+    # The dials of a policy have the same names here and there; the rest of it follows from the data.
+    dials = {key: value for key, value in vars(settings).items() if key in vars(PolicySettings())}
     torch.manual_seed(settings.seed)
-    policy = Policy(
-        PolicySettings(
-            backbone=settings.backbone,
-            size=settings.size,
-            slstm=settings.slstm,
-            max_steps=steps,
-            image=image,
-            half=settings.half,
-            with_actions=settings.with_actions,
-            without_return=settings.without_return,
-            without_reward=settings.without_reward,
-        )
-    ).to(device)
+    policy = Policy(PolicySettings(**dials, max_steps=steps, image=image)).to(device)
     # What no domain goes through keeps its weights: else they would decay, and on several ranks only.
     if all(domain.state == "image" for domain in domains):
         policy.encode_vector.requires_grad_(False)
@@ -141,17 +127,11 @@ def build(
         policy.encode_image.requires_grad_(False)
     if policy.encode_action and all(domain.action == "discrete" for domain in domains):
         policy.encode_action.continuous.requires_grad_(False)
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            groups[decayed(name, parameter)].append(parameter)
-    decays = ((True, settings.weight_decay), (False, 0.0))
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[matrix], "weight_decay": decay} for matrix, decay in decays],
-        lr=settings.learning_rate,
-        fused=True,
-    )
-    return policy, optimizer
+    trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for name, parameter in trained if decayed(name, parameter)]
+    others = [parameter for name, parameter in trained if not decayed(name, parameter)]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return policy, torch.optim.AdamW(groups, settings.learning_rate, fused=True)
 
 
 @dataclass
@@ -184,13 +164,11 @@ def _prepare(settings: TrainSettings, ranks: Ranks, say: Callable[[str], None]) 
     source = found or (checkpoint.best(settings.init) if settings.init else None)
     policy, optimizer = build(settings, windows, ranks.device, source)
     state.policy = dataclasses.asdict(policy.settings)
-    acting = copy.deepcopy(policy).requires_grad_(False) if settings.ema else policy
     if source:
-        checkpoint.load_weights(acting, source)
+        checkpoint.load_weights(policy, source, checkpoint.TRAINED if found and settings.ema else checkpoint.WEIGHTS)
+    acting = copy.deepcopy(policy).requires_grad_(False) if settings.ema else policy
     if found and settings.ema:
-        checkpoint.load_weights(policy, found, checkpoint.TRAINED)
-    elif settings.ema:
-        policy.load_state_dict(acting.state_dict())
+        checkpoint.load_weights(acting, found)
     if found:
         checkpoint.load_optimizer(optimizer, found)
     if settings.compile:
@@ -205,12 +183,11 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[
     if ranks.of > 1:
         places = [ranks.device] if ranks.device.type == "cuda" else None
         wrapped = DistributedDataParallel(policy, device_ids=places)
-    log = Log(settings, state.update, report) if ranks.rank == 0 else None
+    opened = closing(Log(settings, state.update, report)) if ranks.rank == 0 else nullcontext()
     updates, part = range(state.update, settings.updates), (ranks.rank, ranks.of)
-    clock, windows_each = Clock(), sum(run.shares.values())
-    with closing(
-        batches_ahead(run.windows, updates, "train", run.shares, settings.seed, part, settings.readers)
-    ) as reading:
+    ahead = batches_ahead(run.windows, updates, "train", run.shares, settings.seed, part, settings.readers)
+    with opened as log, closing(ahead) as reading:
+        clock, windows_each = Clock(), sum(run.shares.values())
         for update, batches in clock.waiting(reading):
             rate = learning_rate(settings, update)
             for group in run.optimizer.param_groups:
@@ -218,24 +195,17 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[
             run.optimizer.zero_grad(set_to_none=True)
             losses = do_update(wrapped, batches, ranks)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip)
-            if not ((losses < EXPLODED).all() & norm.isfinite()):
-                said = ", ".join(f"{batch.domain.name} {loss:.4g}" for batch, loss in zip(batches, losses.tolist()))
-                wrong = "has exploded" if losses.isfinite().all() and norm.isfinite() else "or gradient is not finite"
-                batch = f"the batch is in {keep(batches, settings.out, ranks.rank)}"
-                raise BadInput(f"loss {wrong} at update {update} ({said}, gradient {norm:.4g}); {batch}")
+            if not (losses < EXPLODED).all() & norm.isfinite():  # & and not `and`: the device is waited for once
+                path = keep(batches, settings.out, ranks.rank)
+                raise BadInput(f"{_wrong(update, batches, losses, norm)}; the batch is in {path}")
             run.optimizer.step()
             if run.acting is not policy:
                 average(run.acting, policy, settings.ema)
             state.update = done = update + 1
             end = done == settings.updates
-            measured, better = done % settings.validate_every == 0 or end, False
-            if measured:
-                state.perplexity = perplexities(run.acting, run.windows, settings.per_domain, ranks)
-                mean = sum(state.perplexity.values()) / max(1, len(state.perplexity))
-                if state.perplexity and mean < state.best[0]:
-                    state.best, better = (mean, done), True
-            if log and (done % settings.log_every == 0 or measured or update == updates[0]):
-                # Made here and not at every update: each number read from the device waits for it.
+            measured = end or done % settings.validate_every == 0
+            better = measured and _validate(run, settings, ranks)
+            if log and (measured or done % settings.log_every == 0 or update == updates[0]):
                 by_domain = {batch.domain.name: loss for batch, loss in zip(batches, losses.tolist())}
                 line: dict[str, Any] = {"update": done, "updates": settings.updates}
                 line |= {"loss": sum(loss * run.shares[name] for name, loss in by_domain.items()) / windows_each}
@@ -245,12 +215,28 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[
                 if measured:
                     line |= {f"perplexity/{name}": value for name, value in state.perplexity.items()}
                 log.write(line)
-            if ranks.rank == 0 and (done % settings.save_every == 0 or better or end):
+            if ranks.rank == 0 and (end or better or done % settings.save_every == 0):
                 trained = None if run.acting is policy else policy
                 checkpoint.save(settings.out, state, run.acting, run.optimizer, trained)
-    if log:
-        log.close()
     return settings.out
+
+
+def _wrong(update: int, batches: list[Batch], losses: torch.Tensor, norm: torch.Tensor) -> str:
+    """Says what is wrong with the losses, by domain, or with the norm of the gradient."""
+    wrong = "has exploded" if losses.isfinite().all() and norm.isfinite() else "or gradient is not finite"
+    said = ", ".join(f"{batch.domain.name} {loss:.4g}" for batch, loss in zip(batches, losses.tolist()))
+    return f"loss {wrong} at update {update} ({said}, gradient {norm:.4g})"
+
+
+def _validate(run: _Run, settings: TrainSettings, ranks: Ranks) -> bool:
+    """Measures validation perplexity; returns whether its mean over the domains is the lowest so far."""
+    state = run.state
+    state.perplexity = perplexities(run.acting, run.windows, settings.per_domain, ranks)
+    mean = sum(state.perplexity.values()) / max(1, len(state.perplexity))
+    better = bool(state.perplexity) and mean < state.best[0]
+    if better:
+        state.best = mean, state.update
+    return better
 
 
 def _continued(folder: Path, fresh: checkpoint.State, settings: TrainSettings) -> checkpoint.State:
@@ -264,7 +250,6 @@ def _continued(folder: Path, fresh: checkpoint.State, settings: TrainSettings) -
     for key, value in fresh.train.items():
         if key not in FREE and before[key] != value:
             raise BadInput(f"{folder}: was trained with {key} = {before[key]}, not {value}; choose another --out")
-    if state.dataset["sha256"] != fresh.dataset["sha256"]:
-        found = f"was trained on other data than {settings.root} holds now"
-        raise BadInput(f"{folder}: {found}; choose another --out")
+    if state.dataset.get("sha256") != fresh.dataset["sha256"]:
+        raise BadInput(f"{folder}: was trained on other data than {settings.root} holds now; choose another --out")
     return state
