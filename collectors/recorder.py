@@ -208,7 +208,11 @@ class Recorder:
         return path
 
     def state(self) -> dict[str, int]:
-        """Returns where the recording is, for `restore`; call it between episodes, after `write_curve`."""
+        """Returns where the recording is, for `restore`; call it between episodes, after `write_curve`.
+
+        All trajectories up to there are on disk when it returns: a checkpoint may rely on them.
+        """
+        self._writer.sync()
         return {
             "next": self._next,
             "steps": self.steps,

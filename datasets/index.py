@@ -109,7 +109,7 @@ def find_tasks(root: Path) -> list[Path]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise BadInput(f"{root}: no such dataset directory")
+        raise BadInput(f"{root}: no such dataset directory; collect or convert one there, or name another")
     folders = [folder for domain in sorted(DOMAINS) for folder in sorted((root / domain).glob("*"))]
     folders = [folder for folder in folders if folder.is_dir() and NAME.fullmatch(folder.name)]
     if not folders:

@@ -24,6 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lram.datasets.disk import whole
 from lram.datasets.index import INDEX, SCHEMA, SHARD_SCHEMA, TaskIndex, read_index, write_index
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import write_whole
@@ -128,20 +129,19 @@ def write_shard(path: Path, members: list[tuple[str, Path]]) -> str:
 
     Returns:
         Its SHA-256, in hexadecimal.
+
+    Raises:
+        DiskFull: There is no room for it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w+b") as out:
+    with whole(path) as out:
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for name, source in members:
                 info = tarfile.TarInfo(name)  # mode 644, user 0, time 0
                 info.size = source.stat().st_size
                 with open(source, "rb") as file:
                     tar.addfile(info, file)
-        out.flush()
-        os.fsync(out.fileno())
         out.seek(0)
         digest = hashlib.file_digest(out, "sha256").hexdigest()
-    temporary.rename(path)
     return digest
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lram.datasets.disk import whole
 from lram.datasets.hdf5 import IMAGE_CHUNK, VECTOR_CHUNK, Codec, build, parse
 from lram.datasets.specs import DOMAINS, IMAGE_SIDE, BadInput
 
@@ -238,13 +238,13 @@ def encode(trajectory: Trajectory, codec: Codec | None = None) -> FileImage:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it exists whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    """Writes a file so that it exists whole or not at all: temporary name, fsync, rename.
+
+    Raises:
+        DiskFull: There is no room for it.
+    """
+    with whole(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def read(path: Path) -> Trajectory:

@@ -1,24 +1,32 @@
-"""Writes the trajectories of one task so that a kill at any moment loses none that was finished.
+"""Writes the trajectories of one task so that a kill at any moment loses none that was on disk.
 
     with TaskWriter(ROOT, "darkroom", "room5x5-goal-02-03", provenance={"seed": 0}) as writer:
         writer.add(trajectory)
+        writer.sync()           # where something else relies on what was added
         writer.finish()
 
-Every file appears whole under its final name; index rows follow in parts of 1,000. Opening a task again removes
-temporary files and adopts whole ones that the index does not know yet. One process at a time may write a task
-(a lock says so); different tasks of a dataset can be written at once. Each file costs an fsync: about a
-quarter of a millisecond on a fast disk, several on a slow one.
+Every file appears whole under its final name, in the order of adding; index rows follow in parts of 1,000. Opening a
+task again removes temporary files and adopts whole ones that the index does not know yet. One process at a time may
+write a task (a lock says so); different tasks of a dataset can be written at once. Each file costs an fsync, half a
+millisecond on a fast disk, many on a busy one: a thread waits for it, and the next `add` or `sync` gives the file its
+name. A kill can lose the last `BEHIND` trajectories that were added and not synced.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from lram.datasets.disk import whole
 from lram.datasets.index import (
     INDEX,
     PARTS,
@@ -29,22 +37,25 @@ from lram.datasets.index import (
     table_of,
     task_folder,
     trajectory_files,
-    trajectory_path,
     write_index,
 )
 from lram.datasets.specs import BadInput
-from lram.datasets.trajectory import Codec, Trajectory, encode, scan, write_whole
+from lram.datasets.trajectory import Codec, Trajectory, encode, scan
 
 ROWS_PER_PART = 1000
+BEHIND = 16
+"""Files that wait for the disk at once."""
 LOCK_SECONDS = 5.0
 
 
 class TaskWriter:
     """Adds trajectories to one task, in any order of episodes.
 
+    When the disk fails a file, none after it appears either, and every later call raises that error.
+
     Attributes:
         folder: The task's folder.
-        next_episode: The lowest episode number above all that are stored.
+        next_episode: The lowest episode number above all that were added.
         adopted: Number of whole files found on opening that the index had lost to a kill.
     """
 
@@ -74,10 +85,14 @@ class TaskWriter:
             self._meta["provenance"] = json.loads(json.dumps(provenance))
             self._rows: dict[int, dict[str, Any]] = {}
             self._pending: list[dict[str, Any]] = []
+            self._under_way: deque[tuple[dict[str, Any], ExitStack, Future[None]]] = deque()
+            self._failed: BaseException | None = None
             self.adopted = self._recover()
+            self._episodes = set(self._rows)
         except BaseException:
             self._lock.close()
             raise
+        self._disk = ThreadPoolExecutor(1)
 
     def _recover(self) -> int:
         for temporary in self.folder.glob("**/.*.tmp"):
@@ -105,14 +120,14 @@ class TaskWriter:
 
     @property
     def next_episode(self) -> int:
-        """Returns the lowest episode number above all that are stored."""
-        return max(self._rows, default=-1) + 1
+        """Returns the lowest episode number above all that were added."""
+        return max(self._episodes, default=-1) + 1
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._episodes)
 
     def __contains__(self, episode: int) -> bool:
-        return episode in self._rows
+        return episode in self._episodes
 
     def add(self, trajectory: Trajectory) -> None:
         """Stores a trajectory; one of the same episode number is replaced.
@@ -120,6 +135,7 @@ class TaskWriter:
         Raises:
             BadInput: It breaks the format, belongs to another task, or has states or actions of another shape
                 than the trajectories before it.
+            OSError, DiskFull: It, or an earlier one, could not be written.
         """
         here = self._meta["domain"], self._meta["task"]
         if (trajectory.domain, trajectory.task) != here:
@@ -130,19 +146,45 @@ class TaskWriter:
                 found = f"episode {trajectory.episode} has {key} {value}, expected {self._meta[key]}"
                 raise BadInput(f"{self.folder}: {found}")
             self._meta[key] = value
-        path = self.folder / trajectory_path(trajectory.episode)
+        # One that replaces another may have its temporary name.
+        self._settle(0 if trajectory.episode in self else BEHIND - 1)
+        row = row_of(trajectory, image)
+        path = self.folder / row["path"]
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, image.data)
-        self._remember(row_of(trajectory, image))
+        with ExitStack() as opened:
+            file = opened.enter_context(whole(path, sync=False))
+            file.write(image.data)
+            file.flush()
+            self._under_way.append((row, opened.pop_all(), self._disk.submit(os.fsync, file.fileno())))
+        self._episodes.add(trajectory.episode)
         if len(self._pending) >= ROWS_PER_PART:
             self.flush()
+
+    def _settle(self, behind: int) -> None:
+        """Gives the files that are on disk their names, and waits until at most so many are not."""
+        if self._failed:
+            raise self._failed
+        while self._under_way and (len(self._under_way) > behind or self._under_way[0][2].done()):
+            row, opened, synced = self._under_way.popleft()
+            try:
+                with opened:
+                    synced.result()
+            except BaseException as error:
+                self._failed = error  # nor do those behind it get a name: a later run would not see the gap
+                raise
+            self._remember(row)
 
     def _remember(self, row: dict[str, Any]) -> None:
         self._rows[row["episode"]] = row
         self._pending.append(row)
 
+    def sync(self) -> None:
+        """Waits until all that was added is on disk, where no kill can take it."""
+        self._settle(0)
+
     def flush(self) -> None:
-        """Writes the rows that are not on disk yet as a part of the index."""
+        """Writes the rows that are not on disk yet as a part of the index, after their files."""
+        self.sync()
         if self._pending:
             name = PARTS.replace("*", f"{self._pending[0]['episode']:09d}")
             write_index(self.folder, table_of(self._meta, self._pending), name)
@@ -155,6 +197,7 @@ class TaskWriter:
             account: What can be said only now, kept in the index and in dataset.json: rows read, written and left
                 out, say; JSON values only.
         """
+        self.sync()
         self._meta["complete"] = True
         if account is not None:
             self._meta["account"] = account
@@ -168,9 +211,12 @@ class TaskWriter:
 
     def close(self) -> None:
         """Merges what was added and lets other processes write the task."""
-        if self._pending or any(self.folder.glob(PARTS)):
-            self._merge()
-        self._lock.close()
+        with closing(self._lock), self._disk:
+            try:
+                self.sync()
+            finally:
+                if self._pending or any(self.folder.glob(PARTS)):
+                    self._merge()
 
     def __enter__(self) -> TaskWriter:
         return self
@@ -214,6 +260,20 @@ def same_provenance(old: dict[str, Any], new: dict[str, Any], folder: Path, free
                 f"{folder}: was made with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
                 "choose another dataset directory, or remove this folder"
             )
+
+
+def discard(root: Path, domain: str, task: str) -> None:
+    """Removes a task that is to be made anew: whole or, killed on the way, not at all.
+
+    Raises:
+        BadInput: Another process is writing it.
+    """
+    folder = task_folder(root, domain, task)
+    aside = folder.with_name(f".{task}.old")
+    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+    with _lock(folder):
+        folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def finished(root: Path, domain: str, task: str) -> dict[str, Any] | None:

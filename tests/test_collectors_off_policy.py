@@ -145,6 +145,7 @@ def test_the_replay_buffer_is_read_back_as_it_was(whole: Path) -> None:
         agents.append(build(TINY, filled(TINY, "sac", "dmcontrol"), venv))
     agents[0].learn(3000)
     live, read_back = agents[0].replay_buffer, agents[1].replay_buffer
+    writer.sync()
     resume.refill(read_back, writer.folder, np.array([1000] * 3))
     writer.close()
     assert live.full and live.pos == 1300

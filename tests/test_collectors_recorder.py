@@ -227,6 +227,8 @@ def test_a_recording_goes_on_where_it_was(tmp_path: Path) -> None:
             recorder.close()
             recorder.write_curve()
             state = recorder.state()
+            # All that a checkpoint with this state relies on.
+            assert len(list(tmp_path.glob(f"{name}/darkroom/task/000/0*.hdf5"))) == recorder.episodes == 2
             if name == "stopped":
                 walk(recorder, 20)  # what a killed run did after its checkpoint
                 recorder.write_curve()

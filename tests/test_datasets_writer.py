@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,8 +71,60 @@ def test_foreign_trajectories_are_refused(make, tmp_path):
         assert len(task) == 1
 
 
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.rglob("*.hdf5*"))
+
+
+def test_adding_does_not_wait_for_the_disk_and_syncing_does(make, tmp_path, monkeypatch):
+    disk, fsync = threading.Event(), os.fsync
+    with TaskWriter(tmp_path, "darkroom", "task", {"maker": "test"}) as task:
+        monkeypatch.setattr(os, "fsync", lambda number: disk.wait(60) and fsync(number))
+        for episode in range(writer_module.BEHIND):
+            task.add(make(episode=episode))
+        assert len(task) == task.next_episode == writer_module.BEHIND and 3 in task
+        assert names(tmp_path) == [f".{episode:09d}.hdf5.tmp" for episode in range(writer_module.BEHIND)]
+        threading.Timer(0.1, disk.set).start()
+        task.add(make(episode=writer_module.BEHIND))  # one too many: it waits for the first
+        assert disk.is_set() and (tmp_path / "darkroom/task/000/000000000.hdf5").exists()
+        task.add(make(episode=0, length=7))  # of the same name
+        task.sync()
+        assert names(tmp_path) == [f"{episode:09d}.hdf5" for episode in range(writer_module.BEHIND + 1)]
+        task.flush()
+        task.finish()
+    folder = tmp_path / "darkroom" / "task"
+    assert read_index(folder).numpy("length").tolist() == [7] + [20] * writer_module.BEHIND
+    assert check_task(folder).findings == []
+
+
+def test_after_a_file_that_the_disk_fails_none_appears(make, tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def failing(number: int) -> None:
+        calls.append(number)
+        if len(calls) == 4:
+            raise OSError(errno.EIO, "the disk failed")
+        fsync(number)
+
+    task = TaskWriter(tmp_path, "darkroom", "task", {})
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="the disk failed"):
+        for episode in range(10):
+            task.add(make(episode=episode))
+        task.sync()
+    for call in (task.sync, task.flush, task.finish, lambda: task.add(make(episode=11)), task.close):
+        with pytest.raises(OSError, match="the disk failed"):
+            call()
+    assert [name for name in names(tmp_path) if name[0] != "."] == [f"{episode:09d}.hdf5" for episode in range(3)]
+    assert read_index(tmp_path / "darkroom" / "task").numpy("episode").tolist() == [0, 1, 2]
+    assert finished(tmp_path, "darkroom", "task") is None
+    with TaskWriter(tmp_path, "darkroom", "task", {}) as task:
+        assert (task.next_episode, task.adopted) == (3, 0) and names(tmp_path)[0][0] != "."
+        task.add(make(episode=3))
+
+
 # Forks writers of four tasks and kills each at a random moment, until `kills` have died of it; then lets them
-# finish. One process imports for all, so that the moments fall into the writing and not into the imports.
+# finish. One process imports for all, and each is killed after it has opened its task, so that the moments fall
+# into the writing.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -82,7 +137,8 @@ names = ["one", "two", "three", "four"]
 
 def write(name):
     with TaskWriter(root, "darkroom", name, {"maker": "killed"}) as writer:
-        for episode in range(writer.next_episode, 800):
+        os.write(opened[1], b".")
+        for episode in range(writer.next_episode, 400):
             rng = np.random.default_rng(episode)
             states, rewards = rng.random((30, 2), np.float32), rng.random(30, np.float32)
             actions = rng.integers(0, 5, 30)
@@ -102,16 +158,18 @@ def start(name):
             os._exit(status)
     return child
 
-rng = random.Random(0)
+rng, opened = random.Random(0), os.pipe()
 kills = temporaries = 0
 while kills < wanted:
     running = [start(name) for name in names]
+    for _ in running:
+        os.read(opened[0], 1)
     for child in rng.sample(running, 4):
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.004))
         os.kill(child, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     temporaries += len(list(root.rglob(".*.tmp")))
-    if len(list(root.rglob("*.hdf5"))) == 3200:
+    if len(list(root.rglob("*.hdf5"))) == 1600:
         break
 whole = [os.waitpid(child, 0)[1] for child in [start(name) for name in names]]
 print(json.dumps({"kills": kills, "temporaries": temporaries, "status": whole}))
@@ -133,4 +191,4 @@ def test_killed_writers_lose_nothing(tmp_path, capsys):
     for folder in find_tasks(tmp_path / "killed"):
         assert read_index(folder).meta["complete"]
         result = check_task(folder)
-        assert (result.trajectories, result.findings) == (800, [])
+        assert (result.trajectories, result.findings) == (400, [])

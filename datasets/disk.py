@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all, and one sentence when the disk is full.
+
+    with whole(Path("data/index.parquet")) as file:
+        file.write(image)
+
+A file is written under a temporary name, synced and renamed, so that whoever sees it sees all of it, whenever the
+writer was killed. Each file costs an fsync.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedRandom
+from pathlib import Path
+
+from lram.datasets.specs import BadInput
+
+
+class DiskFull(BadInput):
+    """No room is left where the output goes; nothing is wrong with the input, and no other task would fare better."""
+
+
+@contextmanager
+def whole(path: Path, sync: bool = True) -> Iterator[BufferedRandom]:
+    """Gives a file to write and read that has its name once the block has ended well; otherwise it does not exist.
+
+    Args:
+        path: Its name.
+        sync: Wait for the disk at the end; without, whoever writes it has done so.
+
+    Raises:
+        DiskFull: There is no room for it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from error
+        raise
+
+
+def disk_full(path: Path) -> DiskFull:
+    """Returns the error that says which disk is full, and what to do."""
+    place = path.absolute()
+    mount = next(folder for folder in (place, *place.parents) if os.path.ismount(folder))
+    said = f"no room left on the disk mounted at {mount}; make room there and run the same again"
+    return DiskFull(f"{path}: {said}, it continues from what is whole")
