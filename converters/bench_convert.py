@@ -1,6 +1,6 @@
 """Measures converters end to end, from the source's files to trajectories that are synced and indexed, in one table.
 
-    lram bench convert                    # some six minutes; --quick for a smoke test
+    lram bench convert                    # some eight minutes; --quick for a smoke test
     rows = bench_convert(ConvertBenchSettings(quick=True))
 
 DQN-Replay is measured on a checkpoint of full length made of real frames: episodes of the emulator's Seaquest, played
@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -57,6 +57,8 @@ class ConvertBenchSettings:
 
     work: Path | None = None
     """Folder for sources, made there once and used again, and for what is converted; a temporary one by default."""
+    part: Literal["all", "sources", "runners"] = "all"
+    """Each source with one worker and two, or one source through threads, processes and a Dask cluster."""
     quick: bool = False
     """Little data: shows that it runs, not how fast."""
 
@@ -195,6 +197,15 @@ def convert_one(source: str, job: Job, options: Any, root: Path) -> Run:
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     return Run(result.transitions, result.episodes, wall, wall - (_queued() - queued), peak)
+
+
+def ready() -> None:
+    """Imports what a worker runs, and takes long enough that another worker takes the next call."""
+    time.sleep(0.5)
+
+
+def nothing() -> None:
+    """Does nothing: what is left is the cost of handing it over."""
 
 
 def _queued() -> float:

@@ -3,9 +3,11 @@
     job = dqn_replay.jobs(src, options)[0]
     result = convert_job("dqn_replay", job, options, Path("ROOT"))
 
-A task that is complete on disk is not made again as long as its source has the same files of the same sizes and
-the options are the same. A task that was interrupted is read again from the start of its source, and what is on
-disk is not written again: decoding is repeated, compression and fsync are not.
+What a task is made of (the SHA-256 of every source file, the converter's version, the options, the codec) stands
+in its index. As long as nothing of that changes, a task that is complete is not made again; when something does, it
+is made anew in place of the old one. A source file is hashed again only when its size or time has changed. A task
+that was interrupted is read again from the start of its source, and what is on disk is not written again: decoding
+is repeated, compression and fsync are not.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from lram.converters.source import SELECTS, Count, Job
-from lram.datasets.index import read_index, task_folder
+from lram.datasets.index import INDEX, read_index, task_folder
 from lram.datasets.specs import BadInput
-from lram.datasets.trajectory import Codec
-from lram.datasets.writer import TaskWriter, finished, same_provenance
+from lram.datasets.trajectory import Codec, write_whole
+from lram.datasets.writer import TaskWriter, discard, same_provenance
 
 HASH_BLOCK = 1 << 22
+HASHED = ".sources.json"
+"""In a task's folder: the size, time and SHA-256 of its source files when they were last hashed."""
+FREE = frozenset({"lram"})
+"""What may differ in a task that is not made again: the converter's own version tells when its bytes change."""
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Result:
     Attributes:
         name: "<domain>/<task>".
         skipped: It was complete on disk.
+        anew: What has changed since it was made before, and why it was made anew; empty when it was not.
         episodes: Trajectories of the task.
         transitions: Transitions of the task.
         dropped: Rows of the source that are in no trajectory, by reason.
@@ -49,6 +56,7 @@ class Result:
     skipped: bool
     episodes: int
     transitions: int
+    anew: str = ""
     dropped: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -69,24 +77,14 @@ def convert_job(source: str, job: Job, options: Any, root: Path, codec: Codec | 
         What was made and what was left out; `episodes` is 0, and there is no task, where the source held none.
 
     Raises:
-        BadInput: The source cannot be read, or the task was made from other files or with other options.
+        BadInput: The source cannot be read, or the task is not this converter's.
     """
     started = time.perf_counter()
     converter = importlib.import_module(f"lram.converters.{source}")
-    provenance = {
-        "converter": source,
-        "version": converter.VERSION,
-        "options": _options(options),
-        "codec": codec,
-        "source": str(job.files[0].parent.relative_to(job.src)) if job.files[0] != job.src else job.src.name,
-        "detail": job.detail,
-        "files": _files(job, hashed=False),
-    }
     folder = task_folder(root, job.domain, job.task)
-    if (old := finished(root, job.domain, job.task)) is not None:
-        # Sizes tell well enough that the source is the one of then: hashing terabytes again to skip them does not pay.
-        told = {**old, "files": [{k: v for k, v in file.items() if k != "sha256"} for file in old.get("files", [])]}
-        same_provenance(told, provenance, folder, free=frozenset({"lram"}))
+    provenance, hashed = _provenance(source, job, options, folder, codec)
+    anew = _changed(folder, provenance)
+    if not anew and _complete(folder):
         index = read_index(folder, columns=["length"])
         account = index.meta.get("account", {})
         return Result(
@@ -98,13 +96,14 @@ def convert_job(source: str, job: Job, options: Any, root: Path, codec: Codec | 
             changed=account.get("changed", {}),
             problems=account.get("problems", []),
         )
-    provenance["files"] = _files(job, hashed=True)
-    provenance["lram"] = importlib.metadata.version("lram")
     count = Count()
     trajectories: Iterable[Any] = iter(converter.trajectories(job, options, count))
     first = next(iter(trajectories), None)
+    if anew:  # not before the source has shown that it can be read
+        discard(root, job.domain, job.task)
     if first is not None:
         with TaskWriter(root, job.domain, job.task, provenance, codec) as writer:
+            write_whole(folder / HASHED, json.dumps(hashed).encode())
             for trajectory in itertools.chain([first], trajectories):
                 if trajectory.episode not in writer:
                     writer.add(trajectory)
@@ -114,7 +113,64 @@ def convert_job(source: str, job: Job, options: Any, root: Path, codec: Codec | 
             writer.finish(asdict(count))
     count.check()
     seconds = time.perf_counter() - started
-    return Result(job.name, False, count.episodes, count.written, count.dropped, count.changed, count.problems, seconds)
+    account = (count.dropped, count.changed, count.problems)
+    return Result(job.name, False, count.episodes, count.written, anew, *account, seconds)
+
+
+def state_of(source: str, job: Job, options: Any, root: Path, codec: Codec | None = None) -> str:
+    """Says what `convert_job` would do, in a few words, without doing it.
+
+    Raises:
+        BadInput: A file of the source cannot be read, or the task is not this converter's.
+    """
+    folder = task_folder(root, job.domain, job.task)
+    if not (folder / INDEX).exists():
+        return "to make"
+    if anew := _changed(folder, _provenance(source, job, options, folder, codec)[0]):
+        return f"to make anew: {anew}"
+    return "complete" if _complete(folder) else "to make"
+
+
+def _provenance(
+    source: str, job: Job, options: Any, folder: Path, codec: Codec | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns all that decides a task's content, and what is to be remembered of the files that were hashed."""
+    files, hashed = _files(job, folder)
+    return {
+        "converter": source,
+        "version": importlib.import_module(f"lram.converters.{source}").VERSION,
+        "options": _options(options),
+        "codec": codec,
+        "source": str(job.files[0].parent.relative_to(job.src)) if job.files[0] != job.src else job.src.name,
+        "detail": job.detail,
+        "files": files,
+        "lram": importlib.metadata.version("lram"),
+    }, hashed
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / INDEX).exists() and read_index(folder, columns=["length"]).meta["complete"]
+
+
+def _changed(folder: Path, new: dict[str, Any]) -> str:
+    """Says what has changed since a task was made, "options.last" say; nothing where there is none, or all is the same.
+
+    Raises:
+        BadInput: The task was collected, or made by another converter: that is not to be lost.
+    """
+    if not (folder / INDEX).exists():
+        return ""
+    old = read_index(folder, columns=["length"]).meta["provenance"]
+    if old.get("converter") != new["converter"]:
+        same_provenance(old, new, folder, FREE)
+    names = []
+    for key in sorted((old.keys() | new.keys()) - FREE):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            names += [f"{key}.{part}" for part in sorted(was.keys() | now.keys()) if was.get(part) != now.get(part)]
+        elif was != now:
+            names.append(key)
+    return ", ".join(names)
 
 
 def _options(options: Any) -> dict[str, Any]:
@@ -123,19 +179,25 @@ def _options(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(deciding))
 
 
-def _files(job: Job, hashed: bool) -> list[dict[str, Any]]:
-    """Lists a job's files: path relative to its source, size in bytes, and SHA-256 where asked for."""
-    rows = []
+def _files(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Lists a job's files with size and SHA-256; a file of the size and time that it was hashed with is not read."""
+    try:
+        known = json.loads((folder / HASHED).read_text())
+    except (OSError, ValueError):
+        known = {}
+    rows, hashed = [], {}
     for path in job.files:
         name = path.relative_to(job.src).as_posix() if path != job.src else path.name
         try:
-            row: dict[str, Any] = {"path": name, "size": path.stat().st_size}
-            if hashed:
-                row["sha256"] = _sha256(path)
+            stat = path.stat()
+            size, moment, digest = known.get(name, (None, None, None))
+            if (size, moment) != (stat.st_size, stat.st_mtime_ns):
+                digest = _sha256(path)
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-        rows.append(row)
-    return rows
+        rows.append({"path": name, "size": stat.st_size, "sha256": digest})
+        hashed[name] = [stat.st_size, stat.st_mtime_ns, digest]
+    return rows, hashed
 
 
 def _sha256(path: Path) -> str:

@@ -22,17 +22,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from lram.datasets.index import SCHEMA, TaskIndex, read_index
+from lram.datasets.index import SCHEMA, TaskIndex, fingerprint, read_index
 from lram.datasets.specs import DOMAINS, BadInput
 from lram.datasets.trajectory import Trajectory, read
 
 NAMESPACE = "lram"
 KEY = "lram"
 """Name under which Minari's metadata keep what it has no field for."""
+MARK = ".lram"
+"""File in an exported folder that holds the fingerprint of the task it was made from."""
 
 
 def _minari() -> Any:
@@ -48,9 +50,23 @@ def minari_id(domain: str, task: str) -> str:
     return f"{NAMESPACE}/{domain}/{re.sub(r'[^-_A-Za-z0-9]', '_', task)}-v0"
 
 
+def state_of(folder: Path, target: Path) -> Literal["missing", "same", "old"]:
+    """Says whether a task's export is there, and whether it is of what the task holds now.
+
+    Raises:
+        BadInput: The folder `target` is no export.
+    """
+    if not target.exists():
+        return "missing"
+    mark = target / MARK
+    if not mark.is_file():
+        raise BadInput(f"{target}: exists already and was not exported by lram, choose another folder")
+    return "same" if mark.read_text() == fingerprint([Path(folder)]) else "old"
+
+
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Gives a folder to fill; it takes its final name when all went well, and is gone when not."""
+def _whole(target: Path, folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill from a task; it takes its final name when all went well, and is gone when not."""
     if target.exists():
         raise BadInput(f"{target}: exists already, expected a folder that does not")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +75,7 @@ def _whole(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        (partial / MARK).write_text(fingerprint([folder]))
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -126,7 +143,8 @@ def export_minari(folder: Path, out: Path) -> Path:
     extras: list[dict[str, str]] = []
     name = minari_id(meta["domain"], meta["task"])
     target = Path(out) / name
-    with _whole(target) as partial:
+    with _whole(target, Path(folder)) as partial:
+        partial = partial.absolute()  # Minari reads a relative path from its own folder
         storage = MinariStorage.new(partial / "data", observations, actions, jpeg_encoding=False)
         storage.update_metadata(
             {
@@ -248,7 +266,7 @@ def export_lram(folder: Path, out: Path) -> Path:
             **_describe("episode_return", returns),
         },
     }
-    with _whole(target) as partial:
+    with _whole(target, Path(folder)) as partial:
         for name, path in zip(names, index.table["path"].to_pylist()):
             _link(index.folder / path, partial / f"{name}.hdf5")
         for name, content in sidecars.items():

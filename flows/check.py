@@ -54,13 +54,19 @@ def check(folder: Path, pool: ProcessPoolExecutor) -> TaskCheck:
 
 
 @flow(name="check", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
-def check_dataset(settings: CheckSettings) -> list[TaskCheck]:
+def check_dataset(settings: CheckSettings, only: list[str] | None = None) -> list[TaskCheck]:
     """Checks every trajectory and index of a dataset, and moves bad files out where the settings say so.
+
+    Args:
+        settings: Which dataset, and what to do with bad files.
+        only: "<domain>/<task>" of the tasks to check; all when None.
 
     Returns:
         One result per task, in order of names; a last one, "dataset", when something concerns no single task.
     """
     folders = find_tasks(settings.root)
+    if only is not None:
+        folders = [folder for folder in folders if f"{folder.parent.name}/{folder.name}" in only]
     results = []
     with process_pool(settings.workers) as pool, bar("check", len(folders), "tasks") as step:
         for future in [check.submit(folder, pool) for folder in folders]:

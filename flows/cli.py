@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export-policy": ("export_policy", "ExportPolicySettings", "put a policy in a folder of its own, with an example"),
     "bench collect": ("bench", "CollectBenchSettings", "measure what recording costs"),
     "bench convert": ("bench", "ConvertBenchSettings", "measure the converters"),
+    "bench evaluate": ("bench", "EvaluateBenchSettings", "measure what playing many episodes at once is worth"),
     "bench inference": ("bench", "InferenceBenchSettings", "measure how long an action takes"),
     "bench loader": ("bench", "LoaderBenchSettings", "measure the readers of training windows"),
     "bench train": ("bench", "TrainBenchSettings", "measure training, per backbone and size"),

@@ -5,7 +5,8 @@
     convert("mimicgen", Path("SRC"), Path("ROOT"))
 
 A Prefect task is one game or task of the source, run in a worker process: of this machine, or of a Dask cluster.
-What is complete on disk is not converted again. A source that is damaged costs what is damaged; a job that cannot
+What is complete on disk is not converted again, unless a source file, an option or the converter's version has
+changed: then the task is made anew. A source that is damaged costs what is damaged; a job that cannot
 be done at all costs no other; both are said at the end, with exit status 1.
 """
 
@@ -21,17 +22,18 @@ from typing import Annotated, Any
 import tyro
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
 from lram.converters import composuite, dqn_replay, lram_hub, mimicgen, minari, procgen
-from lram.converters.run import Result, convert_job
+from lram.converters.run import Result, convert_job, state_of
 from lram.converters.source import Job
+from lram.datasets.disk import DiskFull
 from lram.datasets.index import write_description
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import Codec
-from lram.datasets.writer import finished
 from lram.flows.events import announce
 from lram.flows.processes import workers as worker_pool
 from lram.flows.progress import bar
@@ -129,8 +131,17 @@ def convert_task(
     """Converts one job in a worker process; what is wrong with its source is its result, so that others go on."""
     try:
         return pool.submit(convert_job, module_name(source), job, options, root, codec).result()
+    except DiskFull:
+        raise  # nor would another job find room
     except BadInput as error:
         return error
+
+
+def submit_jobs(
+    source: str, jobs: list[Job], options: Any, root: Path, codec: Codec | None, pool: Executor
+) -> list[PrefectFuture]:
+    """Hands every job to the workers of a pool; call it in a flow."""
+    return [convert_task.submit(source, job, options, root, codec, pool) for job in jobs]
 
 
 @flow(name="convert", task_runner=ThreadPoolTaskRunner[Any](max_workers=64))  # type: ignore[arg-type]
@@ -159,7 +170,7 @@ def convert(
     """
     chosen, jobs = plan(source, src, options)
     with worker_pool(workers, scheduler) as pool, bar("convert", len(jobs), "tasks") as step:
-        futures = [convert_task.submit(source, job, chosen, root, codec, pool) for job in jobs]
+        futures = submit_jobs(source, jobs, chosen, root, codec, pool)
         results = []
         for job, future in zip(jobs, futures):
             results.append(future.result())
@@ -179,7 +190,7 @@ def plan(source: str, src: Path, options: dict[str, Any] | None = None) -> tuple
     if source not in SOURCES:
         raise BadInput(f"unknown source {source!r}, expected one of {', '.join(SOURCES)}")
     if not src.exists():
-        raise BadInput(f"{src}: no such file or folder")
+        raise BadInput(f"{src}: no such file or folder; put the source there, or name another")
     converter = SOURCES[source]
     try:
         chosen = TypeAdapter(converter.Options).validate_python(options or {})
@@ -204,11 +215,14 @@ def main(settings: ConvertSettings) -> int:
     source = next(name for name, kind in SETTINGS.items() if type(settings) is kind)
     options = asdict(settings.options)  # type: ignore[attr-defined]
     if settings.dry_run:
-        return _show_plan(plan(source, settings.src, options)[1], settings.root)
+        return _show_plan(source, settings)
     results = convert(
         source, settings.src, settings.root, options, settings.workers, settings.scheduler, settings.codec
     )
     made = [result for result in results if isinstance(result, Result)]
+    for result in made:
+        if result.anew:
+            print(f"made anew: {result.name} (changed: {result.anew})")
     for reason, rows in _added_up(result.dropped for result in made).items():
         print(f"left out: {rows:,} rows: {reason}")
     for reason, rows in _added_up(result.changed for result in made).items():
@@ -235,15 +249,16 @@ def _added_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return total
 
 
-def _show_plan(jobs: list[Job], root: Path) -> int:
+def _show_plan(source: str, settings: ConvertSettings) -> int:
     """Prints what would be made from which files."""
     from rich.console import Console
 
+    options, jobs = plan(source, settings.src, asdict(settings.options))  # type: ignore[attr-defined]
     table = Table("task", "files", "MB", "state", title=f"{len(jobs)} tasks")
     for job in jobs:
         size = sum(path.stat().st_size for path in job.files) / 1e6
-        state = "complete" if finished(root, job.domain, job.task) is not None else "to make"
+        state = state_of(module_name(source), job, options, settings.root, settings.codec)
         table.add_row(job.name, str(len(job.files)), f"{size:,.1f}", state)
     Console().print(table)
-    print(root)
+    print(settings.root)
     return 0

@@ -4,19 +4,20 @@
     lram export ROOT OUT --to lram
     export_dataset(ExportSettings(root=Path("ROOT"), out=Path("OUT")))
 
-Tasks are exported in parallel over processes. Each appears whole or not at all; tasks that are there already are
-left as they are, so that the same command continues after a kill.
+Tasks are exported in parallel over processes. Each appears whole or not at all. A task that is there already is left
+as it is, and made anew when the dataset's has changed since, so that the same command continues after a kill.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from prefect import flow
 
-from lram.datasets.export import export_lram, export_minari, minari_id
+from lram.datasets.export import export_lram, export_minari, minari_id, state_of
 from lram.datasets.index import find_tasks
 from lram.flows.processes import process_pool
 from lram.flows.progress import bar
@@ -38,10 +39,13 @@ class ExportSettings:
 
 @flow(name="export")
 def export_dataset(settings: ExportSettings) -> list[Path]:
-    """Exports every task of a dataset.
+    """Exports every task of a dataset that is not there yet as it is now.
 
     Returns:
-        Their folders, in order of tasks.
+        The folders of all of them, in order of tasks.
+
+    Raises:
+        BadInput: A task cannot be read, or its folder is there and was not exported by lram.
     """
     export = export_minari if settings.to == "minari" else export_lram
     folders = find_tasks(settings.root)
@@ -49,7 +53,11 @@ def export_dataset(settings: ExportSettings) -> list[Path]:
     for folder in folders:
         domain, task = folder.parent.name, folder.name
         targets.append(settings.out / (minari_id(domain, task) if settings.to == "minari" else f"{domain}/{task}"))
-    todo = [folder for folder, target in zip(folders, targets) if not target.exists()]
+    states = [state_of(folder, target) for folder, target in zip(folders, targets)]
+    for target, state in zip(targets, states):
+        if state == "old":
+            shutil.rmtree(target)
+    todo = [folder for folder, state in zip(folders, states) if state != "same"]
     with process_pool(settings.workers) as pool, bar("export", len(todo), "tasks") as step:
         for _ in pool.map(export, todo, [settings.out] * len(todo)):
             step(1, "")

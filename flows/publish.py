@@ -4,15 +4,17 @@
     lram publish ROOT --to OUT
     lram publish ROOT me/trajectories --dry-run
 
-The dataset is checked first, and refused when anything is wrong with it. Only what changed since the last publish
-is sent; an upload that was killed goes on where it was. A repository is private unless it is said to be public.
-Whoever is logged in with `hf auth login`, or whose token is in HF_TOKEN, publishes.
+Only tasks that changed since the last publish are sent. They are checked first, and refused when anything is wrong
+with them; those that are there already were checked when they were sent. An upload that was killed goes on where it
+was. A repository is private unless it is said to be public. Whoever is logged in with `hf auth login`, or whose token
+is in HF_TOKEN, publishes.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from lram.datasets.card import IMAGE, card, plot, summaries
-from lram.datasets.index import DESCRIPTION, find_tasks, read_index, write_description
+from lram.datasets.index import DESCRIPTION, TaskIndex, find_tasks, read_index, write_description
 from lram.datasets.publish import (
     COMMITS_PER_HOUR,
     UPLOAD_RATE,
@@ -97,14 +99,16 @@ def publish(settings: PublishSettings) -> str:
         BadInput: The dataset is refused, the plan breaks a limit, or the Hub refuses.
     """
     write_description(settings.root)  # what it says of tasks that have grown since is old
-    results = check_dataset(CheckSettings(settings.root, settings.workers))
+    plan = _plan(settings)
+    changed = [task.name for task in plan.tasks if task.changed]
+    results = check_dataset(CheckSettings(settings.root, settings.workers), changed)
     findings = [finding for result in results for finding in result.findings]
     if findings:
         raise BadInput(
             f"{settings.root}: {len(findings)} findings, first {findings[0]}; `lram check` lists them, "
             "`lram check --quarantine` moves bad files out"
         )
-    place = _to_directory(settings) if settings.to else _to_hub(settings)
+    place = _to_directory(settings) if settings.to else _to_hub(settings, plan)
     words = f"{len(find_tasks(settings.root))} tasks published to {place}"
     create_markdown_artifact(words, key="publish", description="What was published")
     if settings.to:
@@ -116,7 +120,6 @@ def publish(settings: PublishSettings) -> str:
 
 def _to_directory(settings: PublishSettings) -> str:
     assert settings.to is not None
-    plan_dataset(settings.root, shard_bytes=settings.shard_bytes)  # for the limits
     folders = find_tasks(settings.root)
     with bar("publish", len(folders), "tasks") as step:
         for folder in folders:
@@ -127,14 +130,13 @@ def _to_directory(settings: PublishSettings) -> str:
     return str(settings.to)
 
 
-def _to_hub(settings: PublishSettings) -> str:
+def _to_hub(settings: PublishSettings, plan: Plan) -> str:
     from huggingface_hub import CommitOperationAdd
 
     hub = hub_api()
     made = patiently(
         lambda: hub.create_repo(settings.repo, repo_type="dataset", private=not settings.public, exist_ok=True)
     )
-    plan = _plan(settings, hub)
     shutil.rmtree(settings.root / STAGING, ignore_errors=True)  # what a killed run left
     with bar("publish", len(plan.commits) + 1, "commits") as step:
         for tasks in plan.commits:
@@ -177,11 +179,26 @@ def hub_api() -> Any:
     return HfApi(library_name="lram")
 
 
-def _plan(settings: PublishSettings, hub: Any) -> Plan:
-    old = remote_indices(hub, settings.repo, "main")
+def _plan(settings: PublishSettings) -> Plan:
+    """Plans against what the repository or the directory holds; nothing is made."""
+    if settings.to:
+        return plan_dataset(settings.root, partial(_there, settings.to), settings.shard_bytes)
+    hub, old = hub_api(), {}
+    if patiently(lambda: hub.repo_exists(settings.repo, repo_type="dataset")):
+        old = remote_indices(hub, settings.repo, "main")
     return plan_dataset(
         settings.root, lambda name: read_index(old[name]) if name in old else None, settings.shard_bytes
     )
+
+
+def _there(to: Path, name: str) -> TaskIndex | None:
+    """Returns the index of a task in shards that a directory holds whole."""
+    try:
+        index = read_index(to / name)
+    except BadInput:
+        return None
+    shards = index.meta.get("shards", {})
+    return index if shards and all((to / name / shard).is_file() for shard in shards) else None
 
 
 def main(settings: PublishSettings) -> int:
@@ -189,18 +206,10 @@ def main(settings: PublishSettings) -> int:
     if bool(settings.repo) == bool(settings.to):
         raise BadInput("say where to publish: a repository OWNER/NAME, or --to DIRECTORY")
     if settings.dry_run:
-        _say(_plan_from_here(settings))
+        _say(_plan(settings))
     else:
         print(publish(settings))
     return 0
-
-
-def _plan_from_here(settings: PublishSettings) -> Plan:
-    """Plans without making anything: against what the repository holds, where there is one."""
-    hub = hub_api() if settings.repo else None
-    if hub is not None and patiently(lambda: hub.repo_exists(settings.repo, repo_type="dataset")):
-        return _plan(settings, hub)
-    return plan_dataset(settings.root, shard_bytes=settings.shard_bytes)
 
 
 def _say(plan: Plan) -> None:

@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
+import h5py
 import pytest
 
 from lram.converters import composuite
+from lram.converters import run as convert_run
 from lram.converters.composuite import Options
 from lram.converters.run import convert_job
 from lram.converters.source import Count
+from lram.datasets.check import check_task
 from lram.datasets.index import read_index
 from lram.datasets.specs import BadInput
+from lram.datasets.writer import TaskWriter
 
 DATA = Path(__file__).parent / "data" / "composuite"
 
@@ -57,14 +62,59 @@ def test_a_finished_task_is_not_made_again(src, tmp_path):
     assert run(src, tmp_path / "data", tasks=("IIWA_Box_None_PickPlace",)).skipped
 
 
-def test_a_changed_source_or_option_is_not_taken_for_the_old_one(src, tmp_path):
-    run(src, tmp_path / "data")
-    with pytest.raises(BadInput, match="was made with options = "):
-        run(src, tmp_path / "data", episodes=1)
+def test_a_changed_source_option_or_version_makes_the_task_anew(src, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    run(src, root)
+    shorter = run(src, root, episodes=1)
+    assert (shorter.anew, shorter.skipped, shorter.episodes) == ("options.episodes", False, 1)
+    assert len(list(root.rglob("*.hdf5"))) == 1 and read_index(root / shorter.name).table.num_rows == 1
+    # A file of the same size, with other bytes.
     path = src / "medium" / "IIWA_Box_None_PickPlace" / "data.hdf5"
-    path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(BadInput, match="was made with files = "):
+    with h5py.File(path, "a") as file:
+        file["rewards"][3] = 0.25
+    run(src, root, episodes=1)
+    changed = run(src, root)
+    assert changed.anew == "options.episodes" and run(src, root).skipped
+    with h5py.File(path, "a") as file:
+        file["rewards"][3] = 0.5
+    assert run(src, root).anew == "files"
+    monkeypatch.setattr(composuite, "VERSION", 2)
+    again = run(src, root)
+    assert again.anew == "version" and run(src, root).skipped
+    run(src, tmp_path / "fresh")
+    for path in (tmp_path / "fresh").rglob("*"):
+        if path.is_file():
+            assert (root / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
+    assert {path.name for path in (root / "composuite").iterdir()} == {"IIWA_Box_None_PickPlace.medium"}
+
+
+def test_a_source_is_hashed_again_only_when_it_was_touched(src, tmp_path, monkeypatch):
+    run(src, tmp_path / "data")
+    hashed = []
+    sha256 = convert_run._sha256
+    monkeypatch.setattr(convert_run, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    assert run(src, tmp_path / "data").skipped and not hashed
+    path = src / "medium" / "IIWA_Box_None_PickPlace" / "data.hdf5"
+    os.utime(path)
+    assert run(src, tmp_path / "data").skipped and hashed == [path]
+    hashed.clear()
+    for record in (tmp_path / "data").rglob(".sources.json"):
+        record.write_text("{")
+    assert run(src, tmp_path / "data").skipped and hashed == [path]
+
+
+def test_a_source_that_cannot_be_read_and_another_makers_task_lose_nothing(src, tmp_path):
+    run(src, tmp_path / "data")
+    (kept,) = {path.parent for path in (tmp_path / "data").rglob("index.parquet")}
+    path = src / "medium" / "IIWA_Box_None_PickPlace" / "data.hdf5"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(BadInput):
         run(src, tmp_path / "data")
+    assert read_index(kept).table.num_rows == 2 and not check_task(kept).findings
+    with TaskWriter(tmp_path / "mine", "composuite", kept.name, {"collector": "mine"}) as writer:
+        writer.finish()
+    with pytest.raises(BadInput, match="was made with collector = 'mine'"):
+        run(src, tmp_path / "mine")
 
 
 def test_an_interrupted_task_goes_on_with_what_is_there(src, tmp_path, monkeypatch):

@@ -45,6 +45,13 @@ def test_converts_counts_and_is_complete_the_second_time(lram, tmp_path):
     assert "3 tasks (3 were complete already): 8 trajectories, 4,000 transitions" in again.stdout
     assert "left out: 230 rows" in again.stdout
     assert content(root) == before
+    planned = lram("convert", "composuite", COMPOSUITE, root, "--episodes", 1, "--dry-run")
+    assert planned.stdout.count("options.episodes") == 3, planned.stdout
+    changed = lram("convert", "composuite", COMPOSUITE, root, "--episodes", 1)
+    assert changed.stdout.count("made anew: ") == 3, changed.stdout
+    assert "3 tasks (0 were complete already): 3 trajectories" in changed.stdout
+    assert lram("convert", "composuite", COMPOSUITE, root).returncode == 0
+    assert content(root) == before
     checked = lram("check", root)
     assert checked.returncode == 0, checked.stdout
 

@@ -96,6 +96,24 @@ def test_a_bad_dataset_is_refused(publish, hub, data):
     assert not hub.log("POST|PUT")
 
 
+def test_what_is_published_already_is_not_checked_again(publish, hub, data, make):
+    assert publish().returncode == 0
+    path = next((data / "metaworld").rglob("*.hdf5"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3000])
+    hub.clear()
+    again = publish()
+    assert again.returncode == 0 and not uploads(hub), again.stderr
+    with TaskWriter(data, "metaworld", "reach-v2", {"collector": "test"}) as writer:
+        writer.add(make("metaworld", 12, task="reach-v2"))
+        writer.finish()
+    refused = publish()
+    assert refused.returncode == 1 and f"{path.name}: not a whole trajectory file" in refused.stderr
+    assert not hub.log("POST .*/commit/|PUT")
+    path.write_bytes(whole)
+    assert publish().returncode == 0 and uploads(hub)
+
+
 def test_a_directory_gets_the_same_layout_and_the_same_bytes(lram, hub, publish, data, tmp_path):
     out = tmp_path / "out"
     for target in (out, tmp_path / "twin"):
@@ -117,6 +135,12 @@ def test_a_directory_gets_the_same_layout_and_the_same_bytes(lram, hub, publish,
     assert {name for name in here if here[name] != got[name]} == {"README.md"}
     card = got["README.md"].decode()
     assert "5 tasks, 60 trajectories, 1,200 transitions" in card and "- config_name: dmcontrol" in card
+    # A shard that is gone is made again, from files that are checked again.
+    (out / "metaworld" / "reach-v2" / "shard-00000.tar").unlink()
+    planned = lram("publish", data, "--to", out, *SMALL, "--dry-run")
+    assert planned.stdout.count(": 0 shards to send") == 4, planned.stdout
+    assert lram("publish", data, "--to", out, *SMALL).returncode == 0
+    assert content(out) == here
     neither = lram("publish", data)
     assert neither.returncode == 1 and "say where to publish" in neither.stderr
 
