@@ -3,7 +3,8 @@
     announce("collect", root)
 
 The events are named `lram.collect.finished`, `lram.publish.finished` and so on; the deployments in `prefect.yaml`
-wait for them. Outside a flow nothing is said.
+wait for them. An event carries `lram.version`, a hash over the dataset's content: who names his output by it does
+nothing twice, and everything that is new. Outside a flow nothing is said.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from pathlib import Path
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 
+from lram.datasets.index import find_tasks, fingerprint
+
 RESOURCE = "lram.dataset"
 """Identifier that triggers match: the event is about a dataset."""
+VERSION_DIGITS = 12
+"""Hexadecimal digits of the content's hash that an event carries."""
 
 
 def announce(what: str, root: Path, place: str | None = None, kind: str = "directory") -> None:
@@ -29,5 +34,11 @@ def announce(what: str, root: Path, place: str | None = None, kind: str = "direc
     if FlowRunContext.get() is None:
         return
     where = str(Path(root).resolve())
-    resource = {"prefect.resource.id": RESOURCE, "lram.root": where, "lram.place": place or where, "lram.kind": kind}
+    resource = {
+        "prefect.resource.id": RESOURCE,
+        "lram.root": where,
+        "lram.place": place or where,
+        "lram.kind": kind,
+        "lram.version": fingerprint(find_tasks(root))[:VERSION_DIGITS],
+    }
     emit_event(f"lram.{what}.finished", resource=resource)
