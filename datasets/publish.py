@@ -203,7 +203,8 @@ def patiently(ask: Callable[[], Answer], sleep: Callable[[float], None] = time.s
             response = getattr(refused, "response", None)
             status = response.status_code if response is not None else None
             if response is None or status not in (429, 500, 502, 503, 504) or number == PATIENCE - 1:
-                raise BadInput(f"the Hub refuses: {str(refused or error).splitlines()[0]}") from error
+                hint = "; log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""
+                raise BadInput(f"the Hub refuses: {str(refused or error).splitlines()[0]}{hint}") from error
             asked = response.headers.get("Retry-After", "")
             sleep(float(asked) if asked.isdigit() else min(300.0, 2.0**number))
     raise AssertionError("unreachable")

@@ -124,6 +124,23 @@ SETTINGS: dict[str, Callable[..., ConvertSettings]] = {
 }
 
 
+class PartlyConverted(BadInput):
+    """Some tasks of a source could not be converted at all.
+
+    Attributes:
+        made: What became of the others.
+        wrong: What was wrong with each of them.
+    """
+
+    def __init__(self, src: Path, made: list[Result], wrong: list[BadInput]) -> None:
+        of = len(made) + len(wrong)
+        super().__init__(
+            f"{src}: {len(wrong)} of {of} tasks could not be converted, first: {wrong[0]}; "
+            "mend or remove what is wrong and run the same again, the others are done"
+        )
+        self.made, self.wrong = made, wrong
+
+
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
 def convert_task(
     source: str, job: Job, options: Any, root: Path, codec: Codec | None, pool: Executor
@@ -153,7 +170,7 @@ def convert(
     workers: int = 0,
     scheduler: str | None = None,
     codec: Codec | None = None,
-) -> list[Result | BadInput]:
+) -> list[Result]:
     """Converts every task that a source holds.
 
     Args:
@@ -166,7 +183,11 @@ def convert(
         codec: How states are stored, the domain's default when None.
 
     Returns:
-        For every job, in order, what became of it, or what was wrong with its source.
+        For every job, in order, what became of it.
+
+    Raises:
+        PartlyConverted: Some could not be done at all; the others are.
+        BadInput: The source or an option is unknown, or nothing is found.
     """
     chosen, jobs = plan(source, src, options)
     with worker_pool(workers, scheduler) as pool, bar("convert", len(jobs), "tasks") as step:
@@ -175,10 +196,13 @@ def convert(
         for job, future in zip(jobs, futures):
             results.append(future.result())
             step(1, job.task)
-    if any(isinstance(result, Result) and result.episodes for result in results):
+    made = [result for result in results if isinstance(result, Result)]
+    if any(result.episodes for result in made):
         write_description(root)
         announce("convert", root)
-    return results
+    if len(made) < len(jobs):
+        raise PartlyConverted(src, made, [result for result in results if isinstance(result, BadInput)])
+    return made
 
 
 def plan(source: str, src: Path, options: dict[str, Any] | None = None) -> tuple[Any, list[Job]]:
@@ -216,10 +240,13 @@ def main(settings: ConvertSettings) -> int:
     options = asdict(settings.options)  # type: ignore[attr-defined]
     if settings.dry_run:
         return _show_plan(source, settings)
-    results = convert(
-        source, settings.src, settings.root, options, settings.workers, settings.scheduler, settings.codec
-    )
-    made = [result for result in results if isinstance(result, Result)]
+    wrong: list[BadInput] = []
+    try:
+        made = convert(
+            source, settings.src, settings.root, options, settings.workers, settings.scheduler, settings.codec
+        )
+    except PartlyConverted as error:
+        made, wrong = error.made, error.wrong
     for result in made:
         if result.anew:
             print(f"made anew: {result.name} (changed: {result.anew})")
@@ -227,8 +254,7 @@ def main(settings: ConvertSettings) -> int:
         print(f"left out: {rows:,} rows: {reason}")
     for reason, rows in _added_up(result.changed for result in made).items():
         print(f"changed: {rows:,} rows: {reason}")
-    problems = [problem for result in made for problem in result.problems]
-    problems += [str(result) for result in results if isinstance(result, BadInput)]
+    problems = [problem for result in made for problem in result.problems] + [str(error) for error in wrong]
     for problem in problems:
         print(f"problem: {problem}")
     episodes, transitions = sum(r.episodes for r in made), sum(r.transitions for r in made)

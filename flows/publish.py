@@ -96,8 +96,9 @@ def publish(settings: PublishSettings) -> str:
         The address of the repository, or the directory.
 
     Raises:
-        BadInput: The dataset is refused, the plan breaks a limit, or the Hub refuses.
+        BadInput: No place is named or two, the dataset is refused, the plan breaks a limit, or the Hub refuses.
     """
+    _check_place(settings)
     write_description(settings.root)  # what it says of tasks that have grown since is old
     plan = _plan(settings)
     changed = [task.name for task in plan.tasks if task.changed]
@@ -203,13 +204,17 @@ def _there(to: Path, name: str) -> TaskIndex | None:
 
 def main(settings: PublishSettings) -> int:
     """Runs the flow, or prints its plan."""
-    if bool(settings.repo) == bool(settings.to):
-        raise BadInput("say where to publish: a repository OWNER/NAME, or --to DIRECTORY")
+    _check_place(settings)
     if settings.dry_run:
         _say(_plan(settings))
     else:
         print(publish(settings))
     return 0
+
+
+def _check_place(settings: PublishSettings) -> None:
+    if bool(settings.repo) == bool(settings.to):
+        raise BadInput("say where to publish: a repository OWNER/NAME, or --to DIRECTORY")
 
 
 def _say(plan: Plan) -> None:

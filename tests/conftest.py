@@ -119,12 +119,13 @@ def server(tmp_path_factory) -> Iterator[str]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/api"
-    for _ in range(600):
+    deadline = time.monotonic() + 180
+    while True:
         try:
             urllib.request.urlopen(f"{url}/health", timeout=1).close()
             break
         except OSError:
-            assert process.poll() is None
+            assert process.poll() is None and time.monotonic() < deadline, "Prefect's server does not answer"
             time.sleep(0.1)
     yield url
     process.terminate()

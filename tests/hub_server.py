@@ -109,6 +109,9 @@ class Handler(BaseHTTPRequestHandler):
                         wait = {"Retry-After": str(fault["retry_after"])} if "retry_after" in fault else {}
                         return self.answer({"error": "try later"}, fault["status"], wait)
                     entry["cut"] = True
+        if self.command == "POST" and not self.headers.get("Authorization"):
+            self.body()
+            return self.answer({"error": "Invalid username or password."}, 401)
         for method, pattern, action in ROUTES:
             found = re.fullmatch(pattern, path)
             if found and self.command in method.split("|"):

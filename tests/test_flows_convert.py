@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lram.datasets.index import find_tasks, read_index
 from lram.datasets.specs import BadInput
-from lram.flows.convert import plan
+from lram.flows.convert import PartlyConverted, convert, plan
 from lram.train import checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -88,6 +89,20 @@ def test_what_is_wrong_with_one_task_costs_no_other(lram, tmp_path):
         "IIWA_Box_None_PickPlace.medium",
         "Panda_Plate_ObjectWall_Push",
     }
+
+
+def test_a_run_in_which_a_task_failed_has_failed(server, tmp_path):
+    src, root = tmp_path / "src", tmp_path / "data"
+    shutil.copytree(COMPOSUITE, src)
+    broken = src / "expert" / "IIWA_Box_None_PickPlace" / "data.hdf5"
+    broken.write_bytes(b"")
+    with temporary_settings({PREFECT_API_URL: server}):
+        state = convert("composuite", src, root, workers=1, return_state=True)
+    assert state.is_failed()
+    assert "1 of 3 tasks could not be converted" in state.message and str(broken) in state.message
+    with pytest.raises(PartlyConverted) as caught:
+        state.result()
+    assert len(caught.value.made) == 2
 
 
 def test_bad_requests_are_sentences(tmp_path):

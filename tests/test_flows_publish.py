@@ -57,6 +57,14 @@ def uploads(hub) -> list[str]:
     return [entry["path"].removeprefix("/-lfs/") for entry in hub.log("^PUT /-lfs/")]
 
 
+def test_without_a_token_it_says_how_to_log_in(lram, hub, data):
+    nobody = {key: value for key, value in hub.environment.items() if key != "HF_TOKEN"}
+    done = lram("publish", data, REPO, environment=nobody)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()[-1:]
+    assert line.startswith("error: the Hub refuses: ") and line.endswith("log in with `hf auth login`, or set HF_TOKEN")
+
+
 def test_what_changed_is_sent_and_nothing_else(publish, hub, data, make):
     planned = publish("--dry-run")
     assert planned.returncode == 0, planned.stderr
