@@ -52,6 +52,9 @@ class OffPolicySettings:
     """Keep only trajectories that began in this many last transitions of training; 0 keeps all."""
     expert: int = 0
     """Keep none of training, but this many trajectories of the final policy, without exploration."""
+    expert_noise: float = 0.0
+    """Standard deviation of the normal noise that is added to the final policy's actions before they are clipped to
+    [-1, 1]: whoever learns from them sees how it recovers."""
     checkpoint: int = 1000
     """Transitions between checkpoints, at least; one is made at an episode's start."""
     learning_rate: float | None = None
@@ -102,6 +105,8 @@ def train_off_policy(settings: OffPolicySettings, domain: str, task: str, root: 
     started = time.perf_counter()
     if settings.last and settings.expert:
         raise BadInput("last and expert are two different recordings, expected one of them")
+    if not settings.expert_noise >= 0 or (settings.expert_noise and not settings.expert):
+        raise BadInput(f"--expert-noise {settings.expert_noise}: expected 0 or more, and --expert with it")
     parameters = filled(settings, settings.algorithm, domain)
     provenance = _provenance(settings, domain, parameters)
     result: dict[str, Any] = {"task": task, "skipped": True, "left_out": 0, "learned": 0}
@@ -252,8 +257,12 @@ def _demonstrate(
     recorder = Recorder(writer, domain, task, [seed], source, action_space=space, state_layout=layout)
     states, _ = env.reset()
     recorder.reset(states)
-    while first + recorder.episodes < settings.expert:
+    rngs = {episode: np.random.default_rng((seed, episode)) for episode in range(first, settings.expert)}
+    while (episode := first + recorder.episodes) < settings.expert:
         actions, _ = agent.predict(states, deterministic=True)
+        if settings.expert_noise:
+            noise = rngs[episode].normal(0, settings.expert_noise, actions.shape)
+            actions = np.clip(actions + noise, -1, 1).astype(np.float32)
         states, *rest = env.step(actions)
         recorder.step(actions, states, *rest)
     env.close()
@@ -264,6 +273,8 @@ def _provenance(settings: OffPolicySettings, domain: str, parameters: dict[str, 
     recorded = {"seed": settings.seed, "last": settings.last, "expert": settings.expert}
     if settings.expert:
         recorded["policy_step"] = parameters["steps"]
+    if settings.expert_noise:
+        recorded["expert_noise"] = settings.expert_noise
     maker = f"{settings.algorithm.upper()} specialist"
     contrib = () if settings.algorithm == "sac" else ("sb3-contrib",)
     names = ("stable-baselines3", *contrib, *ENVIRONMENTS[domain].packages)

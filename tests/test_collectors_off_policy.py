@@ -27,7 +27,7 @@ from lram.collectors.off_policy import OffPolicySettings, build, train_off_polic
 from lram.collectors.recorder import Recorder, read_curve
 from lram.collectors.sb3 import VectorToSb3
 from lram.datasets.check import check_task
-from lram.datasets.index import read_index
+from lram.datasets.index import read_index, trajectory_path
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import read
 from lram.datasets.writer import finished
@@ -214,6 +214,19 @@ def test_expert_trajectories_are_the_final_policys(tmp_path: Path, monkeypatch: 
     assert a == b
 
 
+def test_noise_on_the_experts_actions_is_recorded_and_repeatable(tmp_path: Path) -> None:
+    quiet = dataclasses.replace(SHORT, expert=2, expert_noise=0.3)
+    for name in "ab":
+        train_off_policy(quiet, "dmcontrol", TASK, tmp_path / name)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert finished(tmp_path / "a", "dmcontrol", TASK)["expert_noise"] == 0.3
+    train_off_policy(dataclasses.replace(SHORT, expert=1), "dmcontrol", TASK, tmp_path / "c")
+    noisy, clean = (read(tmp_path / name / "dmcontrol" / TASK / trajectory_path(0)).actions for name in "ac")
+    # The first action is of the same state; afterwards the noise has led elsewhere.
+    assert 0 < np.abs(noisy[0] - clean[0]).max() < 1.5 and not np.array_equal(noisy[1:], clean[1:])
+    assert np.abs(noisy).max() <= 1 and np.diff(noisy[:, 0]).std() > 2 * np.diff(clean[:, 0]).std()
+
+
 def test_the_last_transitions_only(whole: Path, tmp_path: Path) -> None:
     result = train_off_policy(dataclasses.replace(TINY, last=2500), "dmcontrol", TASK, tmp_path)
     assert (result["episodes"], result["steps"], result["learned"]) == (2, 2000, 4000)
@@ -243,6 +256,7 @@ def test_an_unfinished_episode_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_bad_settings_and_checkpoints_are_refused(tmp_path: Path) -> None:
     for settings, domain, words in (
         (OffPolicySettings(last=1, expert=1), "dmcontrol", "expected one of them"),
+        (OffPolicySettings(expert_noise=0.1), "dmcontrol", "and --expert with it"),
         (OffPolicySettings("crossq", tau=0.1), "dmcontrol", "crossq has no setting tau"),
         (OffPolicySettings(), "atari", "sac has no settings for atari"),
     ):
