@@ -42,6 +42,26 @@ def test_steps_as_the_policy_does_in_pieces_of_any_size(backbone, slstm, batch):
     torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [-20.0, -2.0, 3.0])
+def test_xlstms_memory_is_scaled_anew_when_it_has_to_be(bias, monkeypatch):
+    policy = make("xlstm")
+    for block in policy.backbone.blocks:
+        torch.nn.init.constant_(block.xlstm.mlstm_cell.fgate.bias, bias)
+    scaled = []
+    monkeypatch.setattr(torch, "maximum", lambda *pair, real=torch.maximum: scaled.append(1) or real(*pair))
+    fast, parts = FastPolicy(policy), inputs(60, 2)
+    state, outputs = None, []
+    for at in range(60):
+        logits, state = fast.step(*(part[:, at : at + 1] for part in parts), state)
+        outputs.append(logits)
+    # Twice a step for the two blocks' norms; once more where the memory is scaled: at each step, at some, at none.
+    anew = len(scaled) - 2 * 60
+    assert {-20.0: anew > 100, -2.0: 10 < anew < 60, 3.0: anew == 0}[bias], anew
+    with torch.no_grad():
+        expected, _ = policy.step(*parts)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("backbone", "slstm"), BACKBONES)
 def test_states_pass_from_the_policy_to_the_fast_one_and_back(backbone, slstm):
     policy = make(backbone, slstm)
