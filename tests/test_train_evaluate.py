@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lram.collectors.darkroom import rooms, task_name
+from lram.collectors.environments import ENVIRONMENTS
 from lram.datasets.check import check_task
 from lram.datasets.index import read_index
 from lram.datasets.specs import BadInput, tasks
@@ -44,10 +45,10 @@ ROOMS = [f"darkroom/{task_name(room)}" for room in rooms(5, horizon=6)[0][:4]]
 HOLDOUT = [f"darkroom/{task_name(room)}" for room in rooms(5, horizon=6)[1]]
 
 
-def save_run(out: Path, names: list[str], seed: int = 0, backbone: str = "xlstm") -> Path:
+def save_run(out: Path, names: list[str], seed: int = 0, backbone: str = "xlstm", image: bool = False) -> Path:
     """Writes the checkpoint of an untrained policy that says it was trained on `names`."""
     torch.manual_seed(seed)
-    policy = Policy(PolicySettings(backbone=backbone, size="tiny", max_steps=4, image=False))
+    policy = Policy(PolicySettings(backbone=backbone, size="tiny", max_steps=4, image=image))
     with torch.no_grad():
         policy.head.weight.mul_(3)
     trained = plain(TrainSettings(Path("data"), out, size="tiny", seed=seed, backbone=backbone))
@@ -162,7 +163,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_scores(evaluated, settings, t
     script.write_text(KILLED.format(run=str(settings.checkpoint), out=str(settings.out)))
     lines = settings.out / "episodes.jsonl"
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while (not lines.exists() or lines.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.002)
@@ -200,6 +201,22 @@ def test_recorded_episodes_are_a_dataset(settings, tmp_path):
     assert trajectory.source == "lram evaluate, xlstm tiny, update 7" and trajectory.length == 6
     with pytest.raises(BadInput, match="was made with"):
         remaining(replace(recorded, temperature=0.5))
+
+
+def test_every_domain_is_played_in_one_evaluation(tmp_path):
+    names = [f"{domain}/{environment.example}" for domain, environment in ENVIRONMENTS.items()]
+    run = save_run(tmp_path / "run", names, image=True)
+    result = evaluate(EvaluateSettings(run, protocol="training", episodes=1, workers=1))
+    played = {row["task"]: row for row in result["tasks"]}
+    missing = {failure["task"]: failure["failed"] for failure in result["failures"]}
+    assert played.keys() | missing.keys() == set(names) and not played.keys() & missing.keys()
+    assert all("install" in words for words in missing.values()), missing  # simulators that are not here
+    assert f"darkroom/{ENVIRONMENTS['darkroom'].example}" in played
+    for name, row in played.items():
+        assert row["length"] > 1 and np.isfinite(row["return"]).all()
+        assert (row["normalised"] is None) == name.startswith("darkroom/")
+        assert (row["success"] is None) == name.startswith(("atari/", "dmcontrol/", "procgen/"))
+    assert result["domains"]["all"]["played"] == len(played)
 
 
 def test_runs_are_compared_and_seeds_grouped(evaluated, settings, tmp_path):

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from lram.collectors import environments
 from lram.datasets.specs import DOMAINS, BadInput, reference, tasks
@@ -34,6 +33,7 @@ from lram.model.policy import Policy
 from lram.train import checkpoint, incontext
 from lram.train.incontext import InContextSettings, Progress, playing, results_folder
 from lram.train.page import write_page
+from lram.train.ranks import device_of
 from lram.train.results import (
     CURVES,
     EPISODES,
@@ -305,11 +305,6 @@ def _recording(settings: EvaluateSettings, root: Path, jobs: list[Job]) -> Recor
         **{name: getattr(settings, name) for name in HOW if name not in ("protocol", "episodes")},
     }
     return Recording(root, dict.fromkeys(job.name for job in jobs), settings.episodes, provenance)
-
-
-def device_of(name: str) -> torch.device:
-    """Returns the device that `auto`, `cpu` or `cuda` stands for."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def play_in_training(

@@ -29,7 +29,8 @@ from lram.collectors import darkroom
 from lram.datasets.specs import DOMAINS, BadInput
 from lram.datasets.trajectory import Trajectory
 from lram.train import checkpoint
-from lram.train.evaluate import device_of, label_of, targets
+from lram.train.evaluate import label_of, targets
+from lram.train.ranks import device_of
 from lram.train.render import RenderError, render
 from lram.train.results import WATCH
 from lram.train.rollouts import RolloutSettings, check, play
