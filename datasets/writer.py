@@ -8,7 +8,7 @@
 Every file appears whole under its final name, in the order of adding; index rows follow in parts of 1,000. Opening a
 task again removes temporary files and adopts whole ones that the index does not know yet. One process at a time may
 write a task (a lock says so); different tasks of a dataset can be written at once. Each file costs an fsync, half a
-millisecond on a fast disk, many on a busy one: a thread waits for it, and the next `add` or `sync` gives the file its
+millisecond on a fast disk, many on a busy one: threads wait for it, and the next `add` or `sync` gives the file its
 name. A kill can lose the last `BEHIND` trajectories that were added and not synced.
 """
 
@@ -45,6 +45,8 @@ from lram.datasets.trajectory import Codec, Trajectory, encode, scan
 ROWS_PER_PART = 1000
 BEHIND = 16
 """Files that wait for the disk at once."""
+SYNCS = 4
+"""Files that are synced at once, each by a thread: file systems take several together."""
 LOCK_SECONDS = 5.0
 
 
@@ -92,7 +94,7 @@ class TaskWriter:
         except BaseException:
             self._lock.close()
             raise
-        self._disk = ThreadPoolExecutor(1)
+        self._disk = ThreadPoolExecutor(SYNCS)
 
     def _recover(self) -> int:
         for temporary in self.folder.glob("**/.*.tmp"):

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefect import task
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
-from lram.datasets.index import write_description
+from lram.collectors.recorder import CURVE, read_curve
+from lram.datasets.index import find_tasks, write_description
 from lram.datasets.specs import tasks
 from lram.flows.events import announce
 from lram.flows.processes import workers
@@ -56,6 +58,8 @@ def collect_tasks(
 ) -> list[dict[str, Any]]:
     """Calls `collect(*arguments, name, where.root)` for every name, in worker processes; call it in a flow.
 
+    The learning curves of these tasks are shown in Prefect, as the artifact `learning-curves`.
+
     Args:
         names: Tasks.
         collect: What collects one; it and its arguments have to pickle.
@@ -73,8 +77,37 @@ def collect_tasks(
             step(1, note(future.result()))
         results = [future.result() for future in futures]
     write_description(where.root)
+    rows = learning_curves(where.root, names)
+    if rows:
+        create_table_artifact(rows, key="learning-curves", description=f"Mean returns of training, {where.root}")
     announce("collect", where.root)
     return results
+
+
+def learning_curves(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Says how the specialists of these tasks learned: a row for each that has a learning curve.
+
+    Returns:
+        `task`, `episodes`, `steps` (transitions of training), `first` and `last` (mean returns over the first and the
+        last tenth of the episodes), and `curve`, the file with all of them.
+    """
+    rows = []
+    for folder in find_tasks(root):
+        if folder.name not in names or not (folder / CURVE).exists():
+            continue
+        curve = read_curve(folder)
+        returns, tenth = curve["return"].to_numpy(), max(1, len(curve) // 10)
+        rows.append(
+            {
+                "task": folder.name,
+                "episodes": len(returns),
+                "steps": int(curve["length"].to_numpy().sum()),
+                "first": round(float(returns[:tenth].mean()), 2) if len(returns) else None,
+                "last": round(float(returns[-tenth:].mean()), 2) if len(returns) else None,
+                "curve": str(folder / CURVE),
+            }
+        )
+    return rows
 
 
 def tasks_of_domain(domain: str, chosen: Sequence[str]) -> list[str]:

@@ -86,13 +86,17 @@ def test_adding_does_not_wait_for_the_disk_and_syncing_does(make, tmp_path, monk
         threading.Timer(0.1, disk.set).start()
         task.add(make(episode=writer_module.BEHIND))  # one too many: it waits for the first
         assert disk.is_set() and (tmp_path / "darkroom/task/000/000000000.hdf5").exists()
-        task.add(make(episode=0, length=7))  # of the same name
+        task.sync()
+        disk.clear()
+        task.add(make(episode=5, length=6))
+        threading.Timer(0.1, disk.set).start()
+        task.add(make(episode=5, length=7))  # replaces one that has no name yet: it waits, too
         task.sync()
         assert names(tmp_path) == [f"{episode:09d}.hdf5" for episode in range(writer_module.BEHIND + 1)]
         task.flush()
         task.finish()
     folder = tmp_path / "darkroom" / "task"
-    assert read_index(folder).numpy("length").tolist() == [7] + [20] * writer_module.BEHIND
+    assert read_index(folder).numpy("length").tolist() == [20] * 5 + [7] + [20] * (writer_module.BEHIND - 5)
     assert check_task(folder).findings == []
 
 
