@@ -28,8 +28,9 @@ types:
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/lram
 	cd $(VENV)/types && "$(abspath $(VENV))/bin/mypy" --config-file lram/pyproject.toml -p lram.datasets -p lram.collectors -p lram.converters -p lram.model -p lram.train -p lram.flows
 
+# A file's tests stay in one process: they share datasets and servers.
 pytest:
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) *.egg-info
