@@ -270,7 +270,7 @@ def _demonstrate(
 
 def _provenance(settings: OffPolicySettings, domain: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the content of a task's files."""
-    recorded = {"seed": settings.seed, "last": settings.last, "expert": settings.expert}
+    recorded: dict[str, float] = {"seed": settings.seed, "last": settings.last, "expert": settings.expert}
     if settings.expert:
         recorded["policy_step"] = parameters["steps"]
     if settings.expert_noise:
