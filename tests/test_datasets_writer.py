@@ -142,7 +142,7 @@ names = ["one", "two", "three", "four"]
 def write(name):
     with TaskWriter(root, "darkroom", name, {"maker": "killed"}) as writer:
         os.write(opened[1], b".")
-        for episode in range(writer.next_episode, 400):
+        for episode in range(writer.next_episode, 1000):
             rng = np.random.default_rng(episode)
             states, rewards = rng.random((30, 2), np.float32), rng.random(30, np.float32)
             actions = rng.integers(0, 5, 30)
@@ -173,7 +173,7 @@ while kills < wanted:
         os.kill(child, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     temporaries += len(list(root.rglob(".*.tmp")))
-    if len(list(root.rglob("*.hdf5"))) == 1600:
+    if len(list(root.rglob("*.hdf5"))) == 4000:
         break
 whole = [os.waitpid(child, 0)[1] for child in [start(name) for name in names]]
 print(json.dumps({"kills": kills, "temporaries": temporaries, "status": whole}))
@@ -183,7 +183,7 @@ print(json.dumps({"kills": kills, "temporaries": temporaries, "status": whole}))
 def test_killed_writers_lose_nothing(tmp_path, capsys):
     def run(name: str, kills: int) -> dict:
         command = [sys.executable, "-c", KILLER, str(tmp_path / name), str(kills)]
-        return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)
+        return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=240).stdout)
 
     assert run("whole", 0)["status"] == [0] * 4
     killed = run("killed", 50)
@@ -195,4 +195,4 @@ def test_killed_writers_lose_nothing(tmp_path, capsys):
     for folder in find_tasks(tmp_path / "killed"):
         assert read_index(folder).meta["complete"]
         result = check_task(folder)
-        assert (result.trajectories, result.findings) == (400, [])
+        assert (result.trajectories, result.findings) == (1000, [])

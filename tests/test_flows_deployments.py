@@ -89,7 +89,11 @@ class Server:
     def stop(self) -> None:
         for process in reversed(self.processes):
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # a worker waits for its runs
+                process.kill()
+                process.wait()
 
 
 @pytest.fixture(scope="module")
