@@ -34,6 +34,8 @@ from lram.datasets.writer import TaskWriter, finished, same_provenance
 if TYPE_CHECKING:
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+HOLD = 10
+"""Steps that a random action among an expert's is held: at 0.01 to 0.025 s a step, long enough to lead astray."""
 TRAINING = ".training"
 """Folder in a task's folder for a training that is not part of the dataset, while it runs."""
 
@@ -53,8 +55,8 @@ class OffPolicySettings:
     expert: int = 0
     """Keep none of training, but this many trajectories of the final policy, without exploration."""
     expert_noise: float = 0.0
-    """Standard deviation of the normal noise that is added to the final policy's actions before they are clipped to
-    [-1, 1]: whoever learns from them sees how it recovers."""
+    """Share of the final policy's steps, in runs of ten, that take a random action instead: whoever learns from them
+    sees how it recovers, while most actions stay its own."""
     checkpoint: int = 1000
     """Transitions between checkpoints, at least; one is made at an episode's start."""
     learning_rate: float | None = None
@@ -105,8 +107,8 @@ def train_off_policy(settings: OffPolicySettings, domain: str, task: str, root: 
     started = time.perf_counter()
     if settings.last and settings.expert:
         raise BadInput("last and expert are two different recordings, expected one of them")
-    if not settings.expert_noise >= 0 or (settings.expert_noise and not settings.expert):
-        raise BadInput(f"--expert-noise {settings.expert_noise}: expected 0 or more, and --expert with it")
+    if not 0 <= settings.expert_noise < 1 or (settings.expert_noise and not settings.expert):
+        raise BadInput(f"--expert-noise {settings.expert_noise}: expected a share below 1, and --expert with it")
     parameters = filled(settings, settings.algorithm, domain)
     provenance = _provenance(settings, domain, parameters)
     result: dict[str, Any] = {"task": task, "skipped": True, "left_out": 0, "learned": 0}
@@ -257,14 +259,18 @@ def _demonstrate(
     recorder = Recorder(writer, domain, task, [seed], source, action_space=space, state_layout=layout)
     states, _ = env.reset()
     recorder.reset(states)
-    rngs = {episode: np.random.default_rng((seed, episode)) for episode in range(first, settings.expert)}
-    while (episode := first + recorder.episodes) < settings.expert:
-        actions, _ = agent.predict(states, deterministic=True)
-        if settings.expert_noise:
-            noise = rngs[episode].normal(0, settings.expert_noise, actions.shape)
-            actions = np.clip(actions + noise, -1, 1).astype(np.float32)
-        states, *rest = env.step(actions)
-        recorder.step(actions, states, *rest)
+    begin = settings.expert_noise / (1 - settings.expert_noise) / HOLD
+    for episode in range(first, settings.expert):
+        rng, held = np.random.default_rng((seed, episode)), 0
+        while first + recorder.episodes == episode:
+            if not held and rng.random() < begin:
+                held, random = HOLD, rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+            if held:
+                actions, held = random, held - 1
+            else:
+                actions, _ = agent.predict(states, deterministic=True)
+            states, *rest = env.step(actions)
+            recorder.step(actions, states, *rest)
     env.close()
 
 

@@ -23,7 +23,7 @@ from stable_baselines3 import SAC
 from lram.collectors import resume
 from lram.collectors.defaults import defaults, filled
 from lram.collectors.environments import make
-from lram.collectors.off_policy import OffPolicySettings, build, train_off_policy
+from lram.collectors.off_policy import HOLD, OffPolicySettings, build, train_off_policy
 from lram.collectors.recorder import Recorder, read_curve
 from lram.collectors.sb3 import VectorToSb3
 from lram.datasets.check import check_task
@@ -214,17 +214,23 @@ def test_expert_trajectories_are_the_final_policys(tmp_path: Path, monkeypatch: 
     assert a == b
 
 
-def test_noise_on_the_experts_actions_is_recorded_and_repeatable(tmp_path: Path) -> None:
-    quiet = dataclasses.replace(SHORT, expert=2, expert_noise=0.3)
+def test_random_actions_among_the_experts_are_held_recorded_and_repeatable(tmp_path: Path) -> None:
+    led_astray = dataclasses.replace(SHORT, expert=2, expert_noise=0.3)
     for name in "ab":
-        train_off_policy(quiet, "dmcontrol", TASK, tmp_path / name)
+        train_off_policy(led_astray, "dmcontrol", TASK, tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert finished(tmp_path / "a", "dmcontrol", TASK)["expert_noise"] == 0.3
+    episodes = [read(tmp_path / "a" / "dmcontrol" / TASK / trajectory_path(number)).actions for number in (0, 1)]
+    assert not np.array_equal(*episodes)
+    for actions in episodes:
+        held = (np.diff(actions, axis=0) == 0).all(1)  # nine of the ten steps of a random action
+        assert 0.15 < held.mean() * HOLD / (HOLD - 1) < 0.45
+        assert np.abs(actions).max() <= 1 and actions[1:][held].std() > 0.3
     train_off_policy(dataclasses.replace(SHORT, expert=1), "dmcontrol", TASK, tmp_path / "c")
-    noisy, clean = (read(tmp_path / name / "dmcontrol" / TASK / trajectory_path(0)).actions for name in "ac")
-    # The first action is of the same state; afterwards the noise has led elsewhere.
-    assert 0 < np.abs(noisy[0] - clean[0]).max() < 1.5 and not np.array_equal(noisy[1:], clean[1:])
-    assert np.abs(noisy).max() <= 1 and np.diff(noisy[:, 0]).std() > 2 * np.diff(clean[:, 0]).std()
+    clean = read(tmp_path / "c" / "dmcontrol" / TASK / trajectory_path(0)).actions
+    first = np.flatnonzero((np.diff(episodes[0], axis=0) == 0).all(1))[0]
+    # Until the first random action it is the same episode.
+    assert np.array_equal(episodes[0][:first], clean[:first]) and first < len(clean) / 2
 
 
 def test_the_last_transitions_only(whole: Path, tmp_path: Path) -> None:
@@ -257,6 +263,7 @@ def test_bad_settings_and_checkpoints_are_refused(tmp_path: Path) -> None:
     for settings, domain, words in (
         (OffPolicySettings(last=1, expert=1), "dmcontrol", "expected one of them"),
         (OffPolicySettings(expert_noise=0.1), "dmcontrol", "and --expert with it"),
+        (OffPolicySettings(expert=1, expert_noise=1.0), "dmcontrol", "expected a share below 1"),
         (OffPolicySettings("crossq", tau=0.1), "dmcontrol", "crossq has no setting tau"),
         (OffPolicySettings(), "atari", "sac has no settings for atari"),
     ):
