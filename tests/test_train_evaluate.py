@@ -30,7 +30,6 @@ from lram.train.evaluate import (
     evaluate,
     finish,
     key_of,
-    play_in_training,
     play_share,
     protocol,
     remaining,
@@ -38,7 +37,7 @@ from lram.train.evaluate import (
     targets,
 )
 from lram.train.results import read_results
-from lram.train.rollouts import RolloutSettings, share
+from lram.train.rollouts import share
 from lram.train.settings import TrainSettings, plain
 
 ROOMS = [f"darkroom/{task_name(room)}" for room in rooms(5, horizon=6)[0][:4]]
@@ -234,14 +233,6 @@ def test_runs_are_compared_and_seeds_grouped(evaluated, settings, tmp_path):
     assert content["comparison"] == []  # rooms have no reference scores
     with pytest.raises(BadInput, match="evaluate it first"):
         finish(replace(whole, compare=(tmp_path,)))
-
-
-def test_a_policy_is_played_in_training(run):
-    policy, state = checkpoint.load_policy(run)
-    policy.train()
-    line = play_in_training(policy, ROOMS[:2], targets(state, ROOMS, "best"), 2, RolloutSettings(slots=4, workers=1))
-    assert policy.training and line.keys() == {"failed", "return/darkroom", "success/darkroom"} and line["failed"] == 0
-    assert np.isfinite(line["return/darkroom"])
 
 
 def test_numbers_that_mean_nothing_are_refused(settings):

@@ -97,6 +97,14 @@ def test_two_ranks_and_one_after_two_train_like_one_with_twice_the_batch(mixed, 
         assert np.allclose(logged(run.out, "gradient_norm"), logged(one.out, "gradient_norm"), rtol=1e-3)
 
 
+def test_ranks_share_the_episodes_played_in_training(rooms, tmp_path):
+    one = replace(SETTINGS, root=rooms, out=tmp_path / "one", updates=1, evaluate_every=1, evaluate_episodes=3)
+    two = replace(one, out=tmp_path / "two")
+    train(one)
+    train_on(2, two)
+    assert logged(two.out, "return/darkroom") == logged(one.out, "return/darkroom")
+
+
 def test_torchrun_starts_ranks(write, tmp_path):
     write(tmp_path / "data", "procgen", "bigfish", count=4)
     root, one, two = tmp_path / "data", tmp_path / "one", tmp_path / "two"

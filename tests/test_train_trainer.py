@@ -17,6 +17,7 @@ from lram.datasets.specs import BadInput
 from lram.datasets.windows import Windows, WindowSettings
 from lram.model.policy import Policy, PolicySettings, action_loss
 from lram.train import checkpoint
+from lram.train.evaluate import EvaluateSettings, evaluate
 from lram.train.loss import do_update, logits_needed, negative_log_likelihood, previous
 from lram.train.ranks import start_ranks
 from lram.train.trainer import TrainSettings, build, learning_rate, open_windows, train
@@ -56,6 +57,21 @@ def test_an_interrupted_run_continues_the_same_curve(rooms, tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     weights = [(checkpoint.find(tmp_path / run) / checkpoint.WEIGHTS).read_bytes() for run in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+def test_scores_in_the_simulators_are_in_the_log_and_change_no_curve(rooms, tmp_path):
+    plain = settings_for(rooms, tmp_path / "plain", updates=4)
+    train(plain)
+    lines, names = [], sorted(f"darkroom/{folder.name}" for folder in find_tasks(rooms))
+    played = replace(plain, out=tmp_path / "played", evaluate_every=3, evaluate_tasks=(names[0],), evaluate_episodes=2)
+    train(played, lines.append)
+    assert losses(played.out) == losses(plain.out)
+    assert [line["update"] for line in lines if "return/darkroom" in line] == [3, 4]
+    result = evaluate(EvaluateSettings(played.out, protocol="training", tasks=(names[0],), episodes=2, workers=1))
+    assert lines[-1]["return/darkroom"] == np.mean([episode["return"] for episode in result["episodes"]])
+    with pytest.raises(BadInput, match=r"'darkroom/no\?' fits no task of protocol training"):
+        train(replace(played, out=tmp_path / "wrong", evaluate_tasks=("darkroom/no?",)))
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_all_kinds_of_domains_train_together(write, tmp_path):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,7 +33,7 @@ from lram.model.policy import Policy
 from lram.train import checkpoint, incontext
 from lram.train.incontext import InContextSettings, Progress, playing, results_folder
 from lram.train.page import write_page
-from lram.train.ranks import device_of
+from lram.train.ranks import Ranks, device_of
 from lram.train.results import (
     CURVES,
     EPISODES,
@@ -46,9 +46,9 @@ from lram.train.results import (
     read_results,
     write_table,
 )
-from lram.train.rollouts import RolloutSettings, check, play
+from lram.train.rollouts import RolloutSettings, check, play, share
 from lram.train.scores import ALL, compare, normalised, summarise
-from lram.train.settings import FREE
+from lram.train.settings import FREE, TrainSettings
 from lram.train.simulators import Job, Make
 
 __all__ = ["EvaluateSettings", "evaluate", "playing", "results_folder"]
@@ -308,28 +308,38 @@ def _recording(settings: EvaluateSettings, root: Path, jobs: list[Job]) -> Recor
 
 
 def play_in_training(
-    policy: Policy, names: list[str], asked: dict[str, float], episodes: int, settings: RolloutSettings
+    policy: Policy,
+    names: list[str],
+    asked: dict[str, float],
+    settings: TrainSettings,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Plays a few episodes for the log of a training run.
+    """Plays a few episodes of each task in the middle of a training run, the same ones at every call.
 
     Args:
         policy: The policy that acts; it is put into evaluation mode and back.
         names: Tasks, as "<domain>/<task>".
         asked: Return to ask for in each.
-        episodes: Episodes of each task.
-        settings: How to play.
+        settings: How many episodes of each, and their seed.
+        ranks: The processes that train together; each plays a share.
+        say: Told on rank 0 how many episodes could not be played, and why the first.
 
     Returns:
-        By domain `return/<domain>`, and where it is known `score/<domain>` (normalised mean) and `success/<domain>`;
-        `failed` counts episodes that could not be played.
+        For the log, by domain: `return/<domain>`, and where it is known `score/<domain>` (normalised mean) and
+        `success/<domain>`.
     """
     training = policy.training
     policy.eval()
-    jobs = jobs_of(names, episodes)
-    results = list(play(policy, jobs, asked, settings))
+    jobs = share(jobs_of(names, settings.evaluate_episodes), (ranks.rank, ranks.of))
+    results = ranks.gather(list(play(policy, jobs, asked, RolloutSettings(seed=settings.seed))))
     policy.train(training)
-    line: dict[str, float] = {"failed": float(sum("failed" in result for result in results))}
+    results.sort(key=lambda result: (result["task"], result["episode"]))
     ended = [result for result in results if "failed" not in result]
+    lost = [result for result in results if "failed" in result]
+    if lost and ranks.rank == 0:
+        say(f"{len(lost)} of {len(results)} episodes could not be played: {lost[0]['task']}: {lost[0]['failed']}")
+    line: dict[str, float] = {}
     for domain in dict.fromkeys(result["task"].split("/")[0] for result in ended):
         mine = [result for result in ended if result["task"].startswith(f"{domain}/")]
         found = {
@@ -374,9 +384,7 @@ def finish(settings: EvaluateSettings) -> dict[str, Any]:
         "update": state.update,
         "policy": state.policy,
         "train": {name: value for name, value in state.train.items() if name not in FREE},
-        "settings": {
-            name: getattr(settings, name) for name in ("protocol", "episodes", "target", "temperature", "seed")
-        },
+        "settings": {name: getattr(settings, name) for name in HOW},
         **summary,
         "episodes": [latest[at] for at in sorted(latest)],
     }

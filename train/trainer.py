@@ -31,6 +31,7 @@ from lram.datasets.specs import DOMAINS, BadInput
 from lram.datasets.windows import Batch, Windows, WindowSettings
 from lram.model.policy import Policy, PolicySettings, decayed
 from lram.train import checkpoint
+from lram.train.evaluate import chosen, play_in_training
 from lram.train.log import Clock, Log, Report, keep
 from lram.train.loss import EXPLODED, average, do_update, perplexities
 from lram.train.ranks import Ranks, start_ranks
@@ -179,6 +180,7 @@ def _prepare(settings: TrainSettings, ranks: Ranks, say: Callable[[str], None]) 
 def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[[str], None]) -> Path:
     run = _prepare(settings, ranks, say)
     policy, state = run.policy, run.state
+    tasks = chosen(state.dataset["tasks"], "training", settings.evaluate_tasks) if settings.evaluate_every else []
     wrapped: Policy | DistributedDataParallel = policy
     if ranks.of > 1:
         places = [ranks.device] if ranks.device.type == "cuda" else None
@@ -205,7 +207,9 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[
             end = done == settings.updates
             measured = end or done % settings.validate_every == 0
             better = measured and _validate(run, settings, ranks)
-            if log and (measured or done % settings.log_every == 0 or update == updates[0]):
+            play = settings.evaluate_every and (end or done % settings.evaluate_every == 0)
+            scores = play_in_training(run.acting, tasks, state.target_returns, settings, ranks, say) if play else {}
+            if log and (measured or play or done % settings.log_every == 0 or update == updates[0]):
                 by_domain = {batch.domain.name: loss for batch, loss in zip(batches, losses.tolist())}
                 line: dict[str, Any] = {"update": done, "updates": settings.updates}
                 line |= {"loss": sum(loss * run.shares[name] for name, loss in by_domain.items()) / windows_each}
@@ -214,6 +218,7 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[
                 line |= clock.line((done - updates[0]) * windows_each)
                 if measured:
                     line |= {f"perplexity/{name}": value for name, value in state.perplexity.items()}
+                line |= scores
                 log.write(line)
             if ranks.rank == 0 and (end or better or done % settings.save_every == 0):
                 trained = None if run.acting is policy else policy
