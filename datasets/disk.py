@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all, and one sentence when the disk is full.
+"""Files and folders that appear whole or not at all, and one sentence when the disk is full.
 
     with whole(Path("data/index.parquet")) as file:
         file.write(image)
+    with whole_folder(Path("runs/train/update-000001000")) as folder:
+        save_file(weights, folder / "policy.safetensors")
 
-A file is written under a temporary name, synced and renamed, so that whoever sees it sees all of it, whenever the
+They are written under a temporary name, synced and renamed, so that whoever sees one sees all of it, whenever the
 writer was killed. Each file costs an fsync.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom
@@ -44,9 +47,54 @@ def whole(path: Path, sync: bool = True) -> Iterator[BufferedRandom]:
         temporary.rename(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _says_full(error):
             raise disk_full(path) from error
         raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill that has its name once the block has ended well; otherwise it does not exist.
+
+    Args:
+        path: Its name; nothing is there yet.
+
+    Raises:
+        DiskFull: There is no room for it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            _sync(written)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _says_full(error):
+            raise disk_full(path) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """Says whether a full disk is behind an error; safetensors has only words for it, and torch hides the cause."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__context__
+    return False
 
 
 def disk_full(path: Path) -> DiskFull:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lram.datasets.disk import whole_folder
 from lram.datasets.index import SCHEMA, TaskIndex, fingerprint, read_index
 from lram.datasets.specs import DOMAINS, BadInput
 from lram.datasets.trajectory import Trajectory, read
@@ -66,20 +67,12 @@ def state_of(folder: Path, target: Path) -> Literal["missing", "same", "old"]:
 
 @contextmanager
 def _whole(target: Path, folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill from a task; it takes its final name when all went well, and is gone when not."""
+    """Gives a folder to fill from a task, and marks it as made from that."""
     if target.exists():
         raise BadInput(f"{target}: exists already, expected a folder that does not")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with whole_folder(target) as partial:
         yield partial
         (partial / MARK).write_text(fingerprint([folder]))
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _index_of_files(folder: Path) -> TaskIndex:

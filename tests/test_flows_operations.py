@@ -11,6 +11,7 @@ import pytest
 from lram.collectors.specialists import DarkRoomSettings, tasks_of, train_goal
 from lram.datasets.index import find_tasks, read_index
 from lram.datasets.trajectory import read
+from lram.train import checkpoint
 
 DATA = Path(__file__).parent / "data"
 
@@ -85,3 +86,18 @@ def test_a_collection_meets_a_full_disk_and_goes_on_when_there_is_room(lram, dis
         assert folder.name in tasks_of(settings, "training")
         train_goal(settings, folder.name, elsewhere)
     assert content(place / "data") == content(elsewhere)
+
+
+def test_a_training_meets_a_full_disk_and_goes_on_when_there_is_room(lram, disk, rooms, tmp_path):
+    place, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    dials = ("--size", "tiny", "--per-domain", 4, "--gap", 10, "--updates", 4, "--save-every", 2, "--readers", 0)
+    command = ("train", rooms, *dials, "--out")
+    disk("2m")  # room for the weights, and not for the optimizer's moments
+    full(lram(*command, place / "run"), place)
+    assert not list(place.rglob("*update-*"))
+    disk("64m")
+    for out in (place / "run", elsewhere):
+        done = lram(*command, out)
+        assert done.returncode == 0, done.stdout + done.stderr
+    weights = [checkpoint.find(out) / checkpoint.WEIGHTS for out in (place / "run", elsewhere)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

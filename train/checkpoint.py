@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lram.datasets.disk import whole_folder
 from lram.datasets.specs import BadInput
 from lram.model.policy import Policy, PolicySettings
 
@@ -54,14 +54,6 @@ class State:
     target_returns: dict[str, float] = field(default_factory=dict)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save(
     out: Path, state: State, policy: Policy, optimizer: torch.optim.Optimizer, trained: Policy | None = None
 ) -> Path:
@@ -76,22 +68,20 @@ def save(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DiskFull: There is no room for it.
     """
     folder = out / f"update-{state.update:09d}"
     if folder.exists():
         return folder
-    temporary = out / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(policy.state_dict(), temporary / WEIGHTS)
-    if trained is not None:
-        save_file(trained.state_dict(), temporary / TRAINED)
-    torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
-    (temporary / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
-    temporary.rename(folder)
-    _fsync(out)  # before what it replaces goes
+    with whole_folder(folder) as temporary:
+        save_file(policy.state_dict(), temporary / WEIGHTS)
+        if trained is not None:
+            save_file(trained.state_dict(), temporary / TRAINED)
+        with open(temporary / OPTIMIZER, "wb") as file:  # with a path, torch does not say that a disk is full
+            torch.save(optimizer.state_dict(), file)
+        (temporary / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1))
     for other in checkpoints(out):
         if other not in (folder, out / f"update-{state.best[1]:09d}"):
             shutil.rmtree(other)

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lram.datasets.disk import whole_folder
 from lram.datasets.index import find_tasks
 from lram.datasets.reader import TaskReader, open_task
 from lram.datasets.specs import DOMAINS, NUM_BINS, NUM_DIMS, NUM_DISCRETE, STATE_WIDTH, BadInput
@@ -94,13 +95,10 @@ def export_policy(settings: ExportPolicySettings) -> Path:
         "policy": state.policy,
         "tasks": {name: asdict(task) for name, task in tasks.items()},
     }
-    temporary = settings.out.parent / f".{settings.out.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(policy.state_dict(), temporary / WEIGHTS)
-    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    shutil.copyfile(Path(__file__).with_name(EXAMPLE), temporary / EXAMPLE)
-    temporary.rename(settings.out)
+    with whole_folder(settings.out) as partial:
+        save_file(policy.state_dict(), partial / WEIGHTS)
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        shutil.copyfile(Path(__file__).with_name(EXAMPLE), partial / EXAMPLE)
     return settings.out
 
 
