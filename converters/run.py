@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from lram.converters.source import SELECTS, Count, Job
-from lram.datasets.index import INDEX, read_index, task_folder
+from lram.datasets.index import INDEX, TaskIndex, read_index, task_folder
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import Codec, write_whole
 from lram.datasets.writer import TaskWriter, discard, same_provenance
 
-HASH_BLOCK = 1 << 22
 HASHED = ".sources.json"
 """In a task's folder: the size, time and SHA-256 of its source files when they were last hashed."""
 FREE = frozenset({"lram"})
@@ -83,9 +82,9 @@ def convert_job(source: str, job: Job, options: Any, root: Path, codec: Codec | 
     converter = importlib.import_module(f"lram.converters.{source}")
     folder = task_folder(root, job.domain, job.task)
     provenance, hashed = _provenance(source, job, options, folder, codec)
-    anew = _changed(folder, provenance)
-    if not anew and _complete(folder):
-        index = read_index(folder, columns=["length"])
+    index = _made(folder)
+    anew = _changed(index, provenance)
+    if not anew and index and index.meta["complete"]:
         account = index.meta.get("account", {})
         return Result(
             job.name,
@@ -124,11 +123,12 @@ def state_of(source: str, job: Job, options: Any, root: Path, codec: Codec | Non
         BadInput: A file of the source cannot be read, or the task is not this converter's.
     """
     folder = task_folder(root, job.domain, job.task)
-    if not (folder / INDEX).exists():
+    index = _made(folder)
+    if index is None:
         return "to make"
-    if anew := _changed(folder, _provenance(source, job, options, folder, codec)[0]):
+    if anew := _changed(index, _provenance(source, job, options, folder, codec)[0]):
         return f"to make anew: {anew}"
-    return "complete" if _complete(folder) else "to make"
+    return "complete" if index.meta["complete"] else "to make"
 
 
 def _provenance(
@@ -148,21 +148,22 @@ def _provenance(
     }, hashed
 
 
-def _complete(folder: Path) -> bool:
-    return (folder / INDEX).exists() and read_index(folder, columns=["length"]).meta["complete"]
+def _made(folder: Path) -> TaskIndex | None:
+    """Returns the index of what is there of a task, if anything is."""
+    return read_index(folder, columns=["length"]) if (folder / INDEX).exists() else None
 
 
-def _changed(folder: Path, new: dict[str, Any]) -> str:
+def _changed(index: TaskIndex | None, new: dict[str, Any]) -> str:
     """Says what has changed since a task was made, "options.last" say; nothing where there is none, or all is the same.
 
     Raises:
         BadInput: The task was collected, or made by another converter: that is not to be lost.
     """
-    if not (folder / INDEX).exists():
+    if index is None:
         return ""
-    old = read_index(folder, columns=["length"]).meta["provenance"]
+    old = index.meta["provenance"]
     if old.get("converter") != new["converter"]:
-        same_provenance(old, new, folder, FREE)
+        same_provenance(old, new, index.folder, FREE)
     names = []
     for key in sorted((old.keys() | new.keys()) - FREE):
         was, now = old.get(key), new.get(key)
@@ -201,8 +202,5 @@ def _files(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
