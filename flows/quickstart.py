@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
 
@@ -26,6 +26,7 @@ from lram.flows.report import ReportSettings, report_dataset
 from lram.flows.train import train_policy
 from lram.train import checkpoint
 from lram.train.evaluate import EvaluateSettings, playing, results_folder
+from lram.train.settings import BackboneName
 from lram.train.trainer import TrainSettings
 
 
@@ -37,7 +38,7 @@ class QuickstartSettings:
     """Folder for the dataset, the report, the checkpoint and the evaluation."""
     thorough: bool = False
     """Twice the goals in a larger room, and three times the updates; sets size, horizon, steps, updates, trials."""
-    backbone: Literal["xlstm", "mamba", "dt"] = "xlstm"
+    backbone: BackboneName = "xlstm"
     """Sequence model of the policy."""
     size: int = 5
     """Side of the room, in cells; four fifths of its cells are training goals."""

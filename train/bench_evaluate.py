@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,11 +25,10 @@ from lram.datasets.trajectory import Trajectory
 from lram.model.policy import Policy, PolicySettings
 from lram.train.ranks import device_of
 from lram.train.rollouts import RolloutSettings, play
+from lram.train.settings import BackboneName, DeviceName, SizeName
 from lram.train.simulators import Job
 
 __all__ = ["EvaluateBenchSettings", "as_table", "bench_evaluate"]
-
-SizeName = Literal["tiny", "16M", "48M", "110M", "206M", "408M"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,11 @@ class EvaluateBenchSettings:
     """Processes with simulators; 0 takes one per core."""
     rounds: int = 3
     """Times that both ways take turns."""
-    backbone: Literal["xlstm", "mamba", "dt"] = "xlstm"
+    backbone: BackboneName = "xlstm"
     """Sequence model of the policy, which has its initial weights."""
     size: SizeName = "16M"
     """Its size."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where it is; auto takes CUDA when there is one."""
 
 

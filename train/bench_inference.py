@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +42,11 @@ from lram.model.state import State, select_state
 from lram.train.bench_backbones import wait
 from lram.train.bench_steps import EQUAL_STEPS, WARM_UP, Game, against_package, percentiles, ways
 from lram.train.fast import FastPolicy, Weights, tensors_of
+from lram.train.ranks import device_of
+from lram.train.settings import BackboneName, DeviceName, SizeName
 
 __all__ = ["InferenceBenchSettings", "Point", "as_table", "bench_inference"]
 
-SizeName = Literal["tiny", "16M", "48M", "110M", "206M", "408M"]
 NAMES = {"xlstm": "xLSTM [1:0]", "mamba": "Mamba", "dt": "DT"}
 CACHE, WINDOW = "DT, cache", "DT, window slides"
 ROUNDS = 5
@@ -56,7 +57,7 @@ ROUNDS = 5
 class InferenceBenchSettings:
     """What to measure acting on."""
 
-    backbones: tuple[Literal["xlstm", "mamba", "dt"], ...] = ("xlstm", "mamba", "dt")
+    backbones: tuple[BackboneName, ...] = ("xlstm", "mamba", "dt")
     """Sequence models."""
     sizes: tuple[SizeName, ...] = ("16M",)
     """Sizes of the policies."""
@@ -78,7 +79,7 @@ class InferenceBenchSettings:
     """Seconds that a step may take: a DT that would take longer is left out, and the table says so."""
     threads: int = 1
     """Threads of PyTorch on a CPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where to act; auto takes CUDA when there is one."""
     out: Path = Path("runs/bench-inference")
     """Folder for the results."""
@@ -133,8 +134,7 @@ def bench_inference(settings: InferenceBenchSettings, progress: Callable[[str], 
         BadInput: There is no such task.
     """
     tell = progress or (lambda text: None)
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = device_of(settings.device)
     if settings.quick:
         settings = dataclasses.replace(settings, sizes=("tiny",), batches=(1, 2), contexts=(3, 6), steps=5)
     settings = dataclasses.replace(settings, task=_installed(settings.task))
@@ -142,7 +142,7 @@ def bench_inference(settings: InferenceBenchSettings, progress: Callable[[str], 
     points: list[Point] = []
 
     def measure() -> Iterator[Row]:
-        name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         yield Row("machine", name, f"{os.cpu_count()} cores, {settings.threads} used, torch {torch.__version__}")
         yield Row("machine", "simulator", settings.task)
         for size in settings.sizes:

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import xlstm
@@ -42,12 +41,10 @@ from lram.model.policy import Policy, count_parameters
 from lram.train.bench_backbones import BACKBONES, against_loop, against_package, compiled, wait
 from lram.train.loss import do_update, logits_needed
 from lram.train.ranks import Ranks, start_ranks
-from lram.train.settings import TrainSettings
+from lram.train.settings import DeviceName, SizeName, TrainSettings
 from lram.train.trainer import build
 
 __all__ = ["TrainBenchSettings", "as_table", "bench_train"]
-
-SizeName = Literal["tiny", "16M", "48M", "110M", "206M", "408M"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class TrainBenchSettings:
     """Environment steps in a window."""
     seconds: float = 20
     """How long to measure each policy, and each comparison."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where to train; auto takes CUDA when there is one."""
     quick: bool = False
     """Tiny policies, a fraction of a second each, nothing compiled: shows that it runs, not how fast."""

@@ -21,6 +21,7 @@ from lram.datasets.specs import BadInput
 from lram.datasets.windows import Batch, Windows, WindowSettings
 from lram.model.policy import Policy
 from lram.train import checkpoint
+from lram.train.loss import previous
 
 WINDOWS = 32
 """Windows of each task."""
@@ -70,15 +71,9 @@ def _windows(root: Path, names: list[str], settings: WindowSettings, seed: int) 
 @torch.no_grad()
 def embed(policy: Policy, batch: Batch, device: torch.device) -> np.ndarray:
     """Returns the mean of the backbone's outputs over the tokens of each window, (B, D) float32."""
-    dims = batch.actions.ndim == 3
-    states, returns, rewards = (
-        torch.from_numpy(array).to(device) for array in (batch.states, batch.returns_to_go, batch.previous_rewards)
-    )
-    before = None
-    if policy.encode_action is not None:
-        shifted = np.full_like(batch.actions, np.nan if dims else -1)
-        shifted[:, 1:] = batch.actions[:, :-1]
-        before = torch.from_numpy(shifted).to(device)
+    arrays = batch.states, batch.returns_to_go, batch.previous_rewards, batch.actions
+    states, returns, rewards, actions = (torch.from_numpy(array).to(device) for array in arrays)
+    before = previous(actions) if policy.settings.with_actions else None
     y_BLD = policy.backbone(policy.tokens(states, returns, rewards, before)).float().cpu()
     tokens = y_BLD.shape[1] // batch.mask.shape[1]
     mask_BL1 = torch.from_numpy(batch.mask.copy()).repeat_interleave(tokens, dim=1)[..., None]

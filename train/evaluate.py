@@ -42,13 +42,14 @@ from lram.train.results import (
     TABLE,
     Lines,
     Recording,
+    label_of,
     other_results,
     read_results,
     write_table,
 )
 from lram.train.rollouts import RolloutSettings, check, play, share
 from lram.train.scores import ALL, compare, normalised, summarise
-from lram.train.settings import FREE, TrainSettings
+from lram.train.settings import FREE, DeviceName, TrainSettings
 from lram.train.simulators import Job, Make
 
 __all__ = ["EvaluateSettings", "evaluate", "playing", "results_folder"]
@@ -81,7 +82,7 @@ class EvaluateSettings(InContextSettings):
     """Other runs, or folders of their results, to show beside this one; those that differ in the seed are a group."""
     embedding: bool = False
     """Draw a map of 32 windows of each task, embedded by the policy; reads the dataset it was trained on."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where the policy is; auto takes CUDA when there is one."""
     scheduler: str | None = None
     """Rollouts: address of a Dask scheduler whose workers play shares of the episodes."""
@@ -272,7 +273,7 @@ def play_share(
     asked = targets(state, list(dict.fromkeys(job.name for job in jobs)), settings.target)
     lines = Lines(results_folder(settings) / name, key_of(settings, folder))
     recording = _recording(settings, settings.record, jobs) if settings.record else None
-    source = f"lram evaluate, {label_of(state)}, update {state.update}"
+    source = f"lram evaluate, {label_of(state.policy)}, update {state.update}"
     failed = done = 0
     try:
         for result in play(
@@ -354,12 +355,6 @@ def play_in_training(
 # What is said of them ---------------------------------------------------------------------------------------------
 
 
-def label_of(state: checkpoint.State) -> str:
-    """Names a policy: `xlstm 16M`, `xlstm [7:1] 16M`."""
-    kind = " [7:1]" if state.policy.get("slstm") else ""
-    return f"{state.policy['backbone']}{kind} {state.policy['size']}"
-
-
 def finish(settings: EvaluateSettings) -> dict[str, Any]:
     """Summarises the results on disk; writes the JSON, the Parquet file and the page.
 
@@ -380,7 +375,7 @@ def finish(settings: EvaluateSettings) -> dict[str, Any]:
         "format": "lram-evaluation",
         "version": 1,
         "checkpoint": folder.name,
-        "label": label_of(state),
+        "label": label_of(state.policy),
         "update": state.update,
         "policy": state.policy,
         "train": {name: value for name, value in state.train.items() if name not in FREE},

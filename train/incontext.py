@@ -30,6 +30,7 @@ from lram.model.policy import Policy, choose_action
 from lram.model.state import State
 from lram.train import checkpoint
 from lram.train.metrics import bootstrap_mean
+from lram.train.results import label_of
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axis, (which, curve) in zip(axes, curves.items()):
         trials = np.arange(1, len(curve["policy"]["mean"]) + 1)
-        label = f"{result['policy']['backbone']} {result['policy']['size']}"
+        label = label_of(result["policy"])
         for name, colour, text in (("policy", "#2166ac", label), ("random", "#888888", "random policy")):
             axis.plot(trials, curve[name]["mean"], color=colour, label=text)
             axis.fill_between(trials, curve[name]["low"], curve[name]["high"], color=colour, alpha=0.2, linewidth=0)

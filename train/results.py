@@ -27,6 +27,12 @@ EPISODES, RESULT, TABLE, PAGE = "episodes.jsonl", "evaluation.json", "episodes.p
 CURVES, WATCH = "in_context.json", "evaluation/watch"
 
 
+def label_of(policy: dict[str, Any]) -> str:
+    """Names a policy by its settings: `xlstm 16M`, `xlstm [7:1] 16M`."""
+    kind = " [7:1]" if policy.get("slstm") else ""
+    return f"{policy['backbone']}{kind} {policy['size']}"
+
+
 def read_results(folder: Path, key: str) -> list[dict[str, Any]]:
     """Reads the results of one evaluation from all files of a folder; a line that a kill has cut is left out."""
     results = []

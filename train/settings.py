@@ -18,6 +18,10 @@ from typing import Any, Literal
 
 from lram.datasets.specs import BadInput
 
+BackboneName = Literal["xlstm", "mamba", "dt"]
+SizeName = Literal["tiny", "16M", "48M", "110M", "206M", "408M"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -27,9 +31,9 @@ class TrainSettings:
     """Dataset to train on: a directory of files, a folder of tar shards, or a Zarr store."""
     out: Path = Path("runs/train")
     """Folder for checkpoints and logs; a run found there is continued."""
-    backbone: Literal["xlstm", "mamba", "dt"] = "xlstm"
+    backbone: BackboneName = "xlstm"
     """Sequence model."""
-    size: Literal["tiny", "16M", "48M", "110M", "206M", "408M"] = "16M"
+    size: SizeName = "16M"
     """Size of the policy."""
     slstm: bool = False
     """Put sLSTM blocks at the paper's [7:1] places (xLSTM only)."""
@@ -90,7 +94,7 @@ class TrainSettings:
     """Updates between two checkpoints; one is also written whenever validation perplexity is the lowest so far."""
     readers: int = 2
     """Processes that read windows ahead; 0 reads them between updates."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where to train; auto takes CUDA when there is one."""
     compile: bool = False
     """Compile the backbone with torch.compile: a minute or more to start, the same losses to float tolerance."""

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,11 +29,12 @@ from lram.collectors import darkroom
 from lram.datasets.specs import DOMAINS, BadInput
 from lram.datasets.trajectory import Trajectory
 from lram.train import checkpoint
-from lram.train.evaluate import label_of, targets
+from lram.train.evaluate import targets
 from lram.train.ranks import device_of
 from lram.train.render import RenderError, render
-from lram.train.results import WATCH
+from lram.train.results import WATCH, label_of
 from lram.train.rollouts import RolloutSettings, check, play
+from lram.train.settings import DeviceName
 from lram.train.simulators import Job
 
 SIDE, PANEL = 256, 64
@@ -64,7 +65,7 @@ class WatchSettings:
     """Draw one step in so many."""
     speed: int = 20
     """Pictures a second."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where the policy is; auto takes CUDA when there is one."""
 
 
@@ -95,7 +96,7 @@ def watch(settings: WatchSettings) -> tuple[Path, dict[str, Any]]:
     result = next(play(policy, [job], asked, how, record=taken.append))
     if "failed" in result:
         raise BadInput(f"{settings.task}: {result['failed']}")
-    title = f"{settings.task}, {label_of(state)}"
+    title = f"{settings.task}, {label_of(state.policy)}"
     pictures = list(draw(taken[0], asked[settings.task], title, settings))
     out.parent.mkdir(parents=True, exist_ok=True)
     (write_gif if out.suffix == ".gif" else write_mp4)(pictures, out, settings.speed)
