@@ -16,8 +16,8 @@ time; an agent on a GPU or many slots would change what it learns from.
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,11 +25,11 @@ import numpy as np
 
 from lram.collectors.defaults import filled, source
 from lram.collectors.environments import ENVIRONMENTS, make
-from lram.collectors.recorder import CURVE, Recorder, read_curve
-from lram.datasets.index import read_index, task_folder, trajectory_path
+from lram.collectors.recorder import CURVE, Recorder, read_curve, record_once
+from lram.datasets.index import task_folder, trajectory_path
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import read, write_whole
-from lram.datasets.writer import TaskWriter, finished, same_provenance
+from lram.datasets.writer import TaskWriter
 
 if TYPE_CHECKING:
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -104,27 +104,16 @@ def train_off_policy(settings: OffPolicySettings, domain: str, task: str, root: 
     Raises:
         BadInput: A setting does not fit, the folder was made with other settings, or the task is unknown.
     """
-    started = time.perf_counter()
     if settings.last and settings.expert:
         raise BadInput("last and expert are two different recordings, expected one of them")
     if not 0 <= settings.expert_noise < 1 or (settings.expert_noise and not settings.expert):
         raise BadInput(f"--expert-noise {settings.expert_noise}: expected a share below 1, and --expert with it")
     parameters = filled(settings, settings.algorithm, domain)
     provenance = _provenance(settings, domain, parameters)
-    result: dict[str, Any] = {"task": task, "skipped": True, "left_out": 0, "learned": 0}
-    folder = task_folder(root, domain, task)
-    old = finished(root, domain, task)
-    if old is None:
-        with TaskWriter(root, domain, task, provenance) as writer:
-            result |= {"skipped": False} | _collect(settings, parameters, provenance, domain, task, writer)
-            writer.finish({"left_out_steps": result["left_out"]})
-    else:
-        same_provenance(old, provenance, folder, free=frozenset({"source"}))
-    shutil.rmtree(folder / TRAINING, ignore_errors=True)
-    index = read_index(folder)
-    result["episodes"], result["steps"] = index.table.num_rows, int(index.numpy("length").sum())
-    result["last_return"] = float(index.numpy("return")[-10:].mean()) if index.table.num_rows else float("nan")
-    return result | {"seconds": time.perf_counter() - started}
+    collect = partial(_collect, settings, parameters, provenance, domain, task)
+    result = record_once(root, domain, task, provenance, collect, recent=10)
+    shutil.rmtree(task_folder(root, domain, task) / TRAINING, ignore_errors=True)
+    return result
 
 
 def _collect(

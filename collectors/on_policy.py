@@ -14,8 +14,8 @@ bits: cuDNN adds in an order of its own.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,9 @@ import numpy as np
 
 from lram.collectors.defaults import filled, source
 from lram.collectors.environments import ENVIRONMENTS, make
-from lram.collectors.recorder import Recorder
-from lram.datasets.index import read_index, task_folder
+from lram.collectors.recorder import Recorder, record_once
 from lram.datasets.specs import BadInput
-from lram.datasets.writer import TaskWriter, finished, same_provenance
+from lram.datasets.writer import TaskWriter
 
 if TYPE_CHECKING:
     from stable_baselines3 import PPO
@@ -96,24 +95,12 @@ def train_on_policy(settings: OnPolicySettings, domain: str, task: str, root: Pa
     Raises:
         BadInput: A setting does not fit, the folder was made with other settings, or the task is unknown.
     """
-    started = time.perf_counter()
     if settings.last and settings.expert:
         raise BadInput("last and expert are two different recordings, expected one of them")
     parameters = filled(settings, "ppo", domain)
     provenance = _provenance(settings, domain, parameters)
-    result: dict[str, Any] = {"task": task, "skipped": True, "left_out": 0, "learned": 0}
-    folder = task_folder(root, domain, task)
-    old = finished(root, domain, task)
-    if old is None:
-        with TaskWriter(root, domain, task, provenance) as writer:
-            result |= {"skipped": False} | _learn(settings, parameters, provenance, domain, task, writer)
-            writer.finish({"left_out_steps": result["left_out"]})
-    else:
-        same_provenance(old, provenance, folder, free=frozenset({"source"}))
-    index = read_index(folder)
-    result["episodes"], result["steps"] = index.table.num_rows, int(index.numpy("length").sum())
-    result["last_return"] = float(index.numpy("return")[-100:].mean()) if index.table.num_rows else float("nan")
-    return result | {"seconds": time.perf_counter() - started}
+    learn = partial(_learn, settings, parameters, provenance, domain, task)
+    return record_once(root, domain, task, provenance, learn, recent=100)
 
 
 def _learn(

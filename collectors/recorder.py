@@ -23,7 +23,8 @@ reaches the disk only when it ends.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lram.datasets.index import read_index, task_folder
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import Trajectory, write_whole
-from lram.datasets.writer import TaskWriter
+from lram.datasets.writer import TaskWriter, finished, same_provenance
 
 CURVE = "learning_curve.parquet"
 """Name of the learning curve in a task's folder."""
@@ -318,3 +320,50 @@ def read_curve(folder: Path) -> pa.Table:
     if not table.schema.equals(CURVE_SCHEMA, check_metadata=False):
         raise BadInput(f"{path}: columns are {table.column_names}, expected {CURVE_SCHEMA.names}")
     return table
+
+
+def record_once(
+    root: Path,
+    domain: str,
+    task: str,
+    provenance: dict[str, Any],
+    collect: Callable[[TaskWriter], dict[str, int]],
+    recent: int,
+) -> dict[str, Any]:
+    """Has a specialist's task recorded, unless it is complete on disk.
+
+    Args:
+        root: The dataset's directory.
+        domain: The task's domain.
+        task: Its name there.
+        provenance: What decides the content of its files; libraries may have been updated since.
+        collect: Records it; returns `left_out`, transitions that it did not store, and what else it has to say.
+        recent: Trajectories, from the last, that `last_return` is the mean of.
+
+    Returns:
+        `task`, `skipped` (it was complete on disk), `episodes` and `steps` stored, `last_return`, `left_out`, `seconds`
+        and what `collect` said.
+
+    Raises:
+        BadInput: The folder was made with other settings.
+    """
+    started = time.perf_counter()
+    old = finished(root, domain, task)
+    said = {"left_out": 0, "learned": 0}
+    if old is None:
+        with TaskWriter(root, domain, task, provenance) as writer:
+            said |= collect(writer)
+            writer.finish({"left_out_steps": said["left_out"]})
+    else:
+        same_provenance(old, provenance, task_folder(root, domain, task), free=frozenset({"source"}))
+    index = read_index(task_folder(root, domain, task))
+    returns = index.numpy("return")
+    return {
+        "task": task,
+        "skipped": old is not None,
+        "episodes": len(returns),
+        "steps": int(index.numpy("length").sum()),
+        "last_return": float(returns[-recent:].mean()) if len(returns) else float("nan"),
+        "seconds": time.perf_counter() - started,
+        **said,
+    }
