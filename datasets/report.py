@@ -5,9 +5,8 @@
     statistics = [task_statistics(folder, check.duplicates) for folder, check in zip(folders, checks)]
     write_report(ROOT, checks, statistics, OUT)  # OUT/report.html, OUT/report.json
 
-Everything is computed here or in `lram.datasets.statistics`; the page (report.html, a template) only draws the
-JSON that stands inside it. So the page needs JavaScript, but no network, and the same dataset gives the same
-bytes. What comes from files reaches the page as text, never as markup.
+Everything is computed here or in `lram.datasets.statistics`; the page (report.html, filled by `lram.datasets.page`)
+only draws the JSON that stands inside it, so the same dataset gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ import numpy as np
 
 from lram.datasets.check import TaskCheck
 from lram.datasets.index import fingerprint
+from lram.datasets.page import fill_page
 from lram.datasets.specs import DOMAINS, BadInput, tasks
 from lram.datasets.trajectory import write_whole
 
 FORMAT = "lram-report"
 VERSION = 1
 PAGE, JSON = "report.html", "report.json"
-MARK = "@@REPORT_JSON@@"
-"""Where the data goes in the template."""
 GRID = np.linspace(0, 1, 41)
 """Where learning curves of different lengths are averaged: share of a task's episodes."""
 MARKDOWN_FINDINGS = 20
@@ -55,17 +53,7 @@ def write_report(root: Path, checks: list[TaskCheck], statistics: list[dict[str,
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, allow_nan=False)
     write_whole(out / JSON, (text + "\n").encode())
-    template = resources.files("lram.datasets").joinpath(PAGE).read_text(encoding="utf-8")
-    before, after = template.split(MARK)
-    write_whole(out / PAGE, (before + _inside_script(report) + after).encode())
-    return out / PAGE
-
-
-def _inside_script(report: dict[str, Any]) -> str:
-    """Returns JSON that cannot leave its <script> element, whatever its strings hold."""
-    text = json.dumps(report, separators=(",", ":"), allow_nan=False)
-    # json.dumps has escaped all that is not ASCII, line separators included.
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return fill_page(resources.files("lram.datasets").joinpath(PAGE), report, out / PAGE)
 
 
 def summarise(root: Path, checks: list[TaskCheck], statistics: list[dict[str, Any]]) -> dict[str, Any]:

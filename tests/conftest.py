@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -148,6 +149,26 @@ def lram(server):
         )
 
     return run
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> Callable[..., tuple[str, list[str]]]:
+    """Runs a page in Chromium, then `script`, and returns the document and what the console said."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1600"]
+
+    def open_page(path: Path, script: str = "") -> tuple[str, list[str]]:
+        probe = path.with_name("probe.html")
+        probe.write_text(path.read_text().replace("</body>", f"<script>{{ {script} }}</script></body>"))
+        command = [chromium, *flags, "--dump-dom", f"file://{probe}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page
 
 
 class Hub:

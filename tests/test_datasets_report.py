@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -81,7 +80,7 @@ class Page(HTMLParser):
 
     @property
     def report(self):
-        return json.loads(next(text for attrs, text in self.scripts if attrs.get("id") == "report"))
+        return json.loads(next(text for attrs, text in self.scripts if attrs.get("id") == "content"))
 
 
 def test_page_and_json_hold_the_statistics(dataset, tmp_path):
@@ -149,8 +148,8 @@ def test_hostile_strings_stay_text(dataset, tmp_path):
     checks[0].findings.append(Finding(checks[0].task, f"darkroom/{HOSTILE}", HOSTILE))
     source = write_report(dataset, checks, statistics, tmp_path).read_text()
     page = Page(source)
-    assert len(page.scripts) == 2
-    data = source.split('id="report">')[1].split("</script>")[0]
+    assert len(page.scripts) == 3
+    data = source.split('id="content">')[1].split("</script>")[0]
     assert data.endswith("}") and not set("<>&\u2028") & set(data)
     assert page.report["failures"][0]["problem"] == HOSTILE
     assert any(statistic["provenance"].get("note") == HOSTILE for statistic in page.report["statistics"])
@@ -235,22 +234,7 @@ def test_432_tasks_make_a_page_below_10_mb(full, tmp_path):
     assert 500_000 < path.stat().st_size < 10_000_000
 
 
-def open_page(path, script, tmp_path):
-    """Runs the page in Chromium, then `script`, and returns the document and what the console said."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    probe = path.with_name("probe.html")
-    probe.write_text(path.read_text().replace("</body>", f"<script>{{ {script} }}</script></body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000"]
-    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1600"]
-    command = [chromium, *flags, "--dump-dom", f"file://{probe}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def test_browser_sorts_filters_and_opens(full, tmp_path):
+def test_browser_sorts_filters_and_opens(full, tmp_path, open_page):
     path = write_report(tmp_path, *full, tmp_path)
     script = """
     const say = {}, rows = () => [...document.querySelectorAll("section")].find(s => s.querySelector("input"))
@@ -269,7 +253,7 @@ def test_browser_sorts_filters_and_opens(full, tmp_path):
       document.body.setAttribute("data-say", JSON.stringify(say));
     }, 500);
     """
-    document, console = open_page(path, script, tmp_path)
+    document, console = open_page(path, script)
     assert console == []
     said = next(attrs["data-say"] for tag, attrs in Page(document).elements if "data-say" in attrs)
     assert json.loads(said) == {
@@ -283,15 +267,15 @@ def test_browser_sorts_filters_and_opens(full, tmp_path):
     }
 
 
-def test_browser_shows_hostile_strings_as_text(dataset, tmp_path):
+def test_browser_shows_hostile_strings_as_text(dataset, tmp_path, open_page):
     checks, statistics = examine(dataset)
     checks[0].findings.append(Finding(checks[0].task, f"darkroom/{HOSTILE}", HOSTILE))
     path = write_report(dataset, checks, statistics, tmp_path)
     script = "document.querySelectorAll('details').forEach(entry => { entry.open = true; });"
-    document, console = open_page(path, script, tmp_path)
+    document, console = open_page(path, script)
     assert console == []
     shown = Page(document)
-    assert len(shown.scripts) == 3  # data, the page's own, the probe above
+    assert len(shown.scripts) == 4  # data, the shared, the page's own, the probe above
     assert "owned" not in re.search("<title>(.*?)</title>", document)[1]
     assert document.count("&lt;img src=x onerror=alert(1)&gt;") >= 3  # path, problem, provenance
     assert [attrs for tag, attrs in shown.elements if tag == "img" and "onerror" in attrs] == []

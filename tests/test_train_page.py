@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -84,29 +82,14 @@ def test_a_page_is_whole_and_loads_nothing(content, tmp_path):
     )
     assert content["result"]["episodes"]  # what was handed in is as it was
     template = text.replace(data, "")
-    assert text.count("<script") == 2 and "default-src 'none'" in template
+    assert text.count("<script") == 3 and "default-src 'none'" in template
     for forbidden in ("http:", "https:", "//cdn", "@import", "url(", "fetch(", "XMLHttpRequest", "innerHTML", "src="):
         assert forbidden not in template.replace("http://www.w3.org", "")
     assert len(text) < 1_500_000
     assert write_page(content, tmp_path / "again.html").read_bytes() == text.encode()
 
 
-def open_page(path, script, tmp_path):
-    """Runs the page in Chromium, then `script`, and returns the document and what the console said."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    probe = path.with_name("probe.html")
-    probe.write_text(path.read_text().replace("</body>", f"<script>{{ {script} }}</script></body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000"]
-    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1600"]
-    command = [chromium, *flags, "--dump-dom", f"file://{probe}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def test_browser_draws_sorts_and_finds(content, tmp_path):
+def test_browser_draws_sorts_and_finds(content, tmp_path, open_page):
     path = write_page(content, tmp_path / "page.html")
     script = """
     const say = {}, sections = [...document.querySelectorAll("section")];
@@ -127,7 +110,7 @@ def test_browser_draws_sorts_and_finds(content, tmp_path):
     say.curves = document.querySelectorAll("path.curve").length;
     document.body.setAttribute("data-say", JSON.stringify(say));
     """
-    document, console = open_page(path, script, tmp_path)
+    document, console = open_page(path, script)
     assert console == []
     said = json.loads(re.search('data-say="(.*?)"', document)[1].replace("&quot;", '"'))
     assert said == {
@@ -141,12 +124,12 @@ def test_browser_draws_sorts_and_finds(content, tmp_path):
     assert document.count("&lt;img src=x onerror=alert(1)&gt;") >= 3 and "<img" not in document
 
 
-def test_an_empty_evaluation_is_a_page_too(tmp_path):
+def test_an_empty_evaluation_is_a_page_too(tmp_path, open_page):
     nothing = {"label": "dt tiny", "update": 1, "settings": {"temperature": 0, "seed": 0, "target": "1"}}
     lost = [{"task": "atari/breakout", "episode": 0, "failed": "it hung"}]
     content = {"name": "run", "result": {**nothing, **summarise(lost, 0), "episodes": lost}, "comparison": [],
                "in_context": [], "embedding": None, "all": ALL}  # fmt: skip
-    document, console = open_page(write_page(content, tmp_path / "page.html"), "", tmp_path)
+    document, console = open_page(write_page(content, tmp_path / "page.html"))
     assert console == [] and "1 episode lost" in document
 
 

@@ -2,20 +2,20 @@
 
     write_page(content, Path("evaluation.html"))
 
-The page is `page.html` beside this file with the content as JSON inside; its script draws bars, tables, curves and
-the map. What comes from files (names, error messages) is shown as text and never parsed as markup.
+`evaluation.html` beside this file, filled by `lram.datasets.page`, draws bars, tables, curves and the map. Single
+episodes and single returns are left to the JSON files, so that the page stays small.
 """
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lram.datasets.trajectory import write_whole
+from lram.datasets.page import fill_page
+from lram.train.results import label_of
 
-TEMPLATE, SLOT = "page.html", "@@CONTENT_JSON@@"
+PART = "evaluation.html"
 
 
 def write_page(content: dict[str, Any], path: Path) -> Path:
@@ -35,13 +35,7 @@ def write_page(content: dict[str, Any], path: Path) -> Path:
         # Episodes stand in the JSON beside it; the page has a row per task.
         shown["result"] = {key: value for key, value in shown["result"].items() if key != "episodes"}
     shown["in_context"] = [_curves(result) for result in shown["in_context"]]
-    before, _, after = resources.files("lram.train").joinpath(TEMPLATE).read_text().partition(SLOT)
-    text = json.dumps(shown, separators=(",", ":"), allow_nan=False)
-    # json.dumps has escaped all that is not ASCII; with these three gone, nothing can end the script element.
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    write_whole(path, (before + text + after).encode())
-    return path
+    return fill_page(resources.files("lram.train").joinpath(PART), shown, path)
 
 
 def _curves(result: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +48,4 @@ def _curves(result: dict[str, Any]) -> dict[str, Any]:
         }
         for which, curve in result["curves"].items()
     }
-    kind = " [7:1]" if result["policy"].get("slstm") else ""
-    label = f"{result['policy']['backbone']}{kind} {result['policy']['size']}"
-    return {"name": result["name"], "label": label, "curves": curves}
+    return {"name": result["name"], "label": label_of(result["policy"]), "curves": curves}
