@@ -220,7 +220,9 @@ class MLSTM(nn.Module):
         sumf = F.logsigmoid(f).cumsum(-1)
         g = i - sumf
         # Any stabiliser is right, and that of the last step spares scaling the memory: two of five passes over it.
-        keep = not m.is_cuda and bool((g.amax(-1, keepdim=True) - m).amax() <= HEADROOM)
+        # A GPU would have to be waited for, and a compiled graph would break.
+        look = not (m.is_cuda or torch.compiler.is_compiling())
+        keep = look and bool((g.amax(-1, keepdim=True) - m).amax() <= HEADROOM)
         top = m.expand_as(g) if keep else torch.maximum(g.cummax(-1).values, m)
         decay_BNLL = (g[..., None, :] - top[..., None]).exp_().tril_()
         weights_BNLL = (q @ k.transpose(-1, -2)).mul_(decay_BNLL)
