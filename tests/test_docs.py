@@ -101,6 +101,17 @@ ROWS: dict[str, Row] = {
         "--tasks bigfish --steps 256 --num-envs 4 --n-steps 64 --batch-size 256 --n-epochs 1 --device cpu",
         needs="envpool",
     ),
+    "lram collect dmcontrol runs/robots --tasks cartpole-swingup walker-stand --steps 80000 --expert 200 "
+    "--expert-noise 0.2": Here(
+        "--tasks cartpole-swingup --expert 2 --steps 1000 --learning-starts 1000 --train-freq 100 --batch-size 8 "
+        "--workers 1",
+        needs="dm_control",
+    ),
+    "lram collect metaworld runs/robots --policy scripted --tasks reach-v2 drawer-close-v2 button-press-topdown-v2 "
+    "window-open-v2 door-close-v2": Here("--tasks reach-v2 --scripted.episodes 2 --workers 1", needs="metaworld"),
+    "lram train runs/robots --size tiny --updates 3000 --per-domain 64 --learning-rate 2e-3 "
+    "--out runs/robots-xlstm": Here("--updates 3 --per-domain 4 --readers 0", needs="metaworld"),
+    "lram evaluate runs/robots-xlstm --temperature 0.5": Here("--episodes 1 --workers 1", needs="metaworld"),
     "lram convert dqn-replay SRC runs/atari --dry-run": Here(folder="dqn_replay"),
     "lram convert composuite SRC runs/composuite --kinds expert medium": Here("--workers 1", "composuite"),
     "lram convert procgen SRC runs/procgen": Here("--workers 1", "procgen"),
