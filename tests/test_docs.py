@@ -101,6 +101,16 @@ ROWS: dict[str, Row] = {
         "--tasks bigfish --steps 256 --num-envs 4 --n-steps 64 --batch-size 256 --n-epochs 1 --device cpu",
         needs="envpool",
     ),
+    "lram convert dqn-replay SRC runs/atari --dry-run": Here(folder="dqn_replay"),
+    "lram convert composuite SRC runs/composuite --kinds expert medium": Here("--workers 1", "composuite"),
+    "lram convert procgen SRC runs/procgen": Here("--workers 1", "procgen"),
+    "lram convert mimicgen SRC runs/mimicgen --failed": Here("--workers 1", "mimicgen"),
+    "lram convert lram SRC runs/lram": Here("--workers 1", "lram"),
+    "lram convert dqn-replay tests/data/dqn_replay runs/atari": Here("--workers 1", "shown"),
+    "lram publish runs/rooms OWNER/NAME --tag v1": Here("--workers 1"),
+    "lram publish runs/rooms --to runs/published": Here("--workers 1"),
+    "lram download OWNER/NAME darkroom --to data": Here(),
+    "lram train data": Here(SMALL),
     "lram collect dmcontrol runs/robots --tasks cartpole-swingup walker-stand --steps 80000 --expert 200 "
     "--expert-noise 0.2": Here(
         "--tasks cartpole-swingup --expert 2 --steps 1000 --learning-starts 1000 --train-freq 100 --batch-size 8 "
@@ -112,16 +122,6 @@ ROWS: dict[str, Row] = {
     "lram train runs/robots --size tiny --updates 3000 --per-domain 64 --learning-rate 2e-3 "
     "--out runs/robots-xlstm": Here("--updates 3 --per-domain 4 --readers 0", needs="metaworld"),
     "lram evaluate runs/robots-xlstm --temperature 0.5": Here("--episodes 1 --workers 1", needs="metaworld"),
-    "lram convert dqn-replay SRC runs/atari --dry-run": Here(folder="dqn_replay"),
-    "lram convert composuite SRC runs/composuite --kinds expert medium": Here("--workers 1", "composuite"),
-    "lram convert procgen SRC runs/procgen": Here("--workers 1", "procgen"),
-    "lram convert mimicgen SRC runs/mimicgen --failed": Here("--workers 1", "mimicgen"),
-    "lram convert lram SRC runs/lram": Here("--workers 1", "lram"),
-    "lram convert dqn-replay tests/data/dqn_replay runs/atari": Here("--workers 1", "shown"),
-    "lram publish runs/rooms OWNER/NAME --tag v1": Here("--workers 1"),
-    "lram publish runs/rooms --to runs/published": Here("--workers 1"),
-    "lram download OWNER/NAME darkroom --to data": Here(),
-    "lram train data": Here(SMALL),
     # docs/inference.md
     "lram export-policy runs/train OUT": Here(),
     "python OUT/example.py dmcontrol/cartpole-swingup": There("test_train_export.py::test_the_example_plays_cartpole"),
@@ -190,7 +190,7 @@ def documented() -> Iterator[str]:
     """Gives every command in a block of shell, and every one after a `$`, in order; a loop is one command."""
     for page in PAGES:
         for language, text in fences(page):
-            lines = text.replace("\\\n", " ").splitlines()
+            lines = re.sub(r" *\\\n *", " ", text).splitlines()
             if language in ("bash", "sh"):
                 text = "\n".join(re.sub(r"\s#.*", "", line).strip() for line in lines)
                 for loop in re.findall(r"^for .*?^done", text, re.S | re.M):
