@@ -98,7 +98,7 @@ def test_two_ranks_and_one_after_two_train_like_one_with_twice_the_batch(mixed, 
 
 
 def test_ranks_share_the_episodes_played_in_training(rooms, tmp_path):
-    one = replace(SETTINGS, root=rooms, out=tmp_path / "one", updates=1, evaluate_every=1, evaluate_episodes=3)
+    one = replace(SETTINGS, root=rooms, out=tmp_path / "one", updates=1, evaluate_every=1)
     two = replace(one, out=tmp_path / "two")
     train(one)
     train_on(2, two)

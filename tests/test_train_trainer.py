@@ -63,11 +63,11 @@ def test_scores_in_the_simulators_are_in_the_log_and_change_no_curve(rooms, tmp_
     plain = settings_for(rooms, tmp_path / "plain", updates=4)
     train(plain)
     lines, names = [], sorted(f"darkroom/{folder.name}" for folder in find_tasks(rooms))
-    played = replace(plain, out=tmp_path / "played", evaluate_every=3, evaluate_tasks=(names[0],), evaluate_episodes=2)
+    played = replace(plain, out=tmp_path / "played", evaluate_every=3, evaluate_tasks=(names[0],))
     train(played, lines.append)
     assert losses(played.out) == losses(plain.out)
     assert [line["update"] for line in lines if "return/darkroom" in line] == [3, 4]
-    result = evaluate(EvaluateSettings(played.out, protocol="training", tasks=(names[0],), episodes=2, workers=1))
+    result = evaluate(EvaluateSettings(played.out, protocol="training", tasks=(names[0],), episodes=5, workers=1))
     assert lines[-1]["return/darkroom"] == np.mean([episode["return"] for episode in result["episodes"]])
     with pytest.raises(BadInput, match=r"'darkroom/no\?' fits no task of protocol training"):
         train(replace(played, out=tmp_path / "wrong", evaluate_tasks=("darkroom/no?",)))

@@ -16,6 +16,7 @@ What it trades away: lines of older checkpoints stay in the file until somebody 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch.distributed as dist
 
 from lram.collectors import environments
 from lram.datasets.specs import DOMAINS, BadInput, reference, tasks
@@ -57,6 +59,8 @@ __all__ = ["EvaluateSettings", "evaluate", "playing", "results_folder"]
 
 HOW = ("protocol", "episodes", "target", "temperature", "seed")
 """Settings that the result repeats."""
+IN_TRAINING = 5
+"""Episodes of each task that are played in the middle of a training."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +326,7 @@ def play_in_training(
         policy: The policy that acts; it is put into evaluation mode and back.
         names: Tasks, as "<domain>/<task>".
         asked: Return to ask for in each.
-        settings: How many episodes of each, and their seed.
+        settings: Their `seed` is the episodes'.
         ranks: The processes that train together; each plays a share.
         say: Told on rank 0 how many episodes could not be played, and why the first.
 
@@ -332,10 +336,12 @@ def play_in_training(
     """
     training = policy.training
     policy.eval()
-    jobs = share(jobs_of(names, settings.evaluate_episodes), (ranks.rank, ranks.of))
-    results = ranks.gather(list(play(policy, jobs, asked, RolloutSettings(seed=settings.seed))))
+    jobs = share(jobs_of(names, IN_TRAINING), (ranks.rank, ranks.of))
+    shares = [list(play(policy, jobs, asked, RolloutSettings(seed=settings.seed)))] * ranks.of
     policy.train(training)
-    results.sort(key=lambda result: (result["task"], result["episode"]))
+    if ranks.of > 1:
+        dist.all_gather_object(shares, shares[0])
+    results = sorted(itertools.chain(*shares), key=lambda result: (result["task"], result["episode"]))
     ended = [result for result in results if "failed" not in result]
     lost = [result for result in results if "failed" in result]
     if lost and ranks.rank == 0:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lram.datasets.specs import BadInput
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,6 @@ class Ranks:
         if self.of > 1:
             dist.all_reduce(values)
         return values
-
-    def gather(self, values: list[Item]) -> list[Item]:
-        """Returns the items of all ranks' lists, the first rank's first."""
-        if self.of == 1:
-            return values
-        lists: list[list[Item]] = [[] for _ in range(self.of)]
-        dist.all_gather_object(lists, values)
-        return [item for items in lists for item in items]
 
 
 def device_of(name: str) -> torch.device:

@@ -85,11 +85,9 @@ class TrainSettings:
     validate_every: int = 500
     """Updates between two measurements of validation perplexity."""
     evaluate_every: int = 0
-    """Updates between evaluations in the simulators, whose scores go to the log; 0 plays nothing."""
+    """Updates between evaluations in the simulators, five episodes a task, scores in the log; 0 plays nothing."""
     evaluate_tasks: tuple[str, ...] = ()
     """Tasks to play then, as patterns of <domain>/<task>; all that are trained on by default."""
-    evaluate_episodes: int = 5
-    """Episodes of each task to play then."""
     save_every: int = 500
     """Updates between two checkpoints; one is also written whenever validation perplexity is the lowest so far."""
     readers: int = 2
@@ -104,7 +102,7 @@ class TrainSettings:
 
 FREE = {
     *("root", "out", "log_every", "validate_every", "save_every"),
-    *("evaluate_every", "evaluate_tasks", "evaluate_episodes", "readers", "device", "compile", "wandb"),
+    *("evaluate_every", "evaluate_tasks", "readers", "device", "compile", "wandb"),
 }
 """Settings that may change when a run is continued: they do not touch the curve."""
 
@@ -134,14 +132,8 @@ def check(settings: TrainSettings) -> None:
         raise BadInput(f"--ema {settings.ema}: expected a decay from 0 to below 1")
     if not settings.clip > 0:
         raise BadInput(f"--clip {settings.clip}: expected a norm above 0")
-    ones = (
-        *("updates", "per_domain", "context", "episodes", "gap"),
-        *("log_every", "validate_every", "evaluate_episodes", "save_every"),
-    )
-    zeros = (
-        *("learning_rate", "final_learning_rate", "weight_decay", "warmup"),
-        *("seed", "readers", "evaluate_every"),
-    )
+    ones = ("updates", "per_domain", "context", "episodes", "gap", "log_every", "validate_every", "save_every")
+    zeros = ("learning_rate", "final_learning_rate", "weight_decay", "warmup", "seed", "readers", "evaluate_every")
     for name, least in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
         value = getattr(settings, name)
         if value is not None and not value >= least:  # NaN is not

@@ -205,21 +205,19 @@ def _train(settings: TrainSettings, ranks: Ranks, report: Report, say: Callable[
                 average(run.acting, policy, settings.ema)
             state.update = done = update + 1
             end = done == settings.updates
-            measured = end or done % settings.validate_every == 0
-            better = measured and _validate(run, settings, ranks)
-            play = settings.evaluate_every and (end or done % settings.evaluate_every == 0)
-            scores = play_in_training(run.acting, tasks, state.target_returns, settings, ranks, say) if play else {}
-            if log and (measured or play or done % settings.log_every == 0 or update == updates[0]):
+            better, measured = False, {}
+            if end or done % settings.validate_every == 0:
+                better = _validate(run, settings, ranks)
+                measured = {f"perplexity/{name}": value for name, value in state.perplexity.items()}
+            if tasks and (end or done % settings.evaluate_every == 0):
+                measured |= play_in_training(run.acting, tasks, state.target_returns, settings, ranks, say)
+            if log and (measured or end or done % settings.log_every == 0 or update == updates[0]):
                 by_domain = {batch.domain.name: loss for batch, loss in zip(batches, losses.tolist())}
                 line: dict[str, Any] = {"update": done, "updates": settings.updates}
                 line |= {"loss": sum(loss * run.shares[name] for name, loss in by_domain.items()) / windows_each}
                 line |= {f"loss/{name}": loss for name, loss in by_domain.items()}
                 line |= {"learning_rate": rate, "gradient_norm": norm.item()}
-                line |= clock.line((done - updates[0]) * windows_each)
-                if measured:
-                    line |= {f"perplexity/{name}": value for name, value in state.perplexity.items()}
-                line |= scores
-                log.write(line)
+                log.write(line | clock.line((done - updates[0]) * windows_each) | measured)
             if ranks.rank == 0 and (end or better or done % settings.save_every == 0):
                 trained = None if run.acting is policy else policy
                 checkpoint.save(settings.out, state, run.acting, run.optimizer, trained)
