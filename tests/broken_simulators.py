@@ -34,6 +34,21 @@ class Breaking(DarkRoomVector):
         return states, rewards, terminated, truncated, infos
 
 
+class SlowToStart:
+    """Makes what `make` does, in a process that takes six seconds to start."""
+
+    def __call__(self, *arguments):
+        return make(*arguments)
+
+    def __reduce__(self):
+        return _slowly, ()
+
+
+def _slowly():
+    time.sleep(6)
+    return SlowToStart()
+
+
 def make(domain, task, num_envs, seed, first_episode):
     if parse_task(task).goal == (4, 4):
         raise BadInput("room5x5 needs a package that is not installed")

@@ -177,6 +177,11 @@ def test_a_killed_process_loses_no_other_episode():
     }
 
 
+def test_a_process_that_is_slow_to_start_has_not_hung(broken):
+    results, _ = run(policy_of(), jobs_of(ROOMS[:1], 1), replace(ONE, timeout=4), make=broken.SlowToStart())
+    assert not [result for result in results.values() if "failed" in result]
+
+
 def test_processes_that_cannot_start_end_the_run(monkeypatch):
     calls = Counter()
     launch = Simulators._launch

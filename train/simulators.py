@@ -82,7 +82,7 @@ class Board:
         actions: (S,) int64, or (S, 8) float32.
         rewards: (S,) float32.
         at: (W,) int64; the slot being called, or IDLE.
-        beats: (W,) int64; calls so far.
+        beats: (W,) int64; signs of life, the first that the process runs, then one a call; 0 while it starts.
     """
 
     states: np.ndarray
@@ -238,6 +238,7 @@ def _work(
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     worker = _Worker(make, seed, _board(raw, *shape), number)
+    worker.board.beats[number] = 1
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             half, slots, starts = connection.recv()
@@ -296,6 +297,7 @@ class Simulators:
 
     def _launch(self, worker: int) -> None:
         ours, theirs = self._context.Pipe()
+        self.board.beats[worker] = 0
         arguments = (self._make, self._seed, self._raw, self._shape, worker, theirs)
         process = self._context.Process(target=_work, args=arguments, daemon=True, name=f"simulators-{worker}")
         # A Dask worker is a daemon, which multiprocessing lets have no children. These end with their parent anyway.
@@ -345,7 +347,8 @@ class Simulators:
                 beats = int(self.board.beats[worker])
                 if beats != since[worker][1]:
                     since[worker] = time.monotonic(), beats
-                elif time.monotonic() - since[worker][0] > self._timeout:
+                # Starting is no call of a simulator: it takes as long as it takes.
+                elif beats and time.monotonic() - since[worker][0] > self._timeout:
                     self._replace(worker, f"it did not answer for {self._timeout:g} s")
         events, self._inbox[half] = sorted(self._inbox[half], key=lambda event: event.slot), []
         self._active -= {event.slot for event in events if event.kind != "started"}
