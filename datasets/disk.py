@@ -70,7 +70,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for written in (*temporary.rglob("*"), temporary):
             _sync(written)
         temporary.rename(path)
-        _sync(path.parent)
+        _sync(path.parent)  # before the caller removes what this one replaces
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _says_full(error):

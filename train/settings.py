@@ -81,7 +81,7 @@ class TrainSettings:
     seed: int = 0
     """Seed of the initial weights and of the windows drawn."""
     log_every: int = 50
-    """Updates between two lines in the log; one is also written whenever validation perplexity was measured."""
+    """Updates between two lines in the log; one is also written whenever perplexity or scores were measured."""
     validate_every: int = 500
     """Updates between two measurements of validation perplexity."""
     evaluate_every: int = 0
