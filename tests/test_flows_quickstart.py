@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,15 @@ def end(process: subprocess.Popen) -> str:
     return out
 
 
-def servers() -> int:
+def servers(home: Path) -> list[str]:
+    """Prefect servers that commands with this PREFECT_HOME have started."""
     found = subprocess.run(["pgrep", "-f", "lram.flows.server"], capture_output=True, text=True, check=False)
-    return len(found.stdout.split())
+    mine = []
+    for pid in found.stdout.split():
+        with suppress(OSError):  # it has ended
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            mine += [pid] if f"PREFECT_HOME={home}".encode() in environment else []
+    return mine
 
 
 def state(out: Path) -> dict[str, bytes]:
@@ -74,12 +81,12 @@ def test_a_second_run_redoes_nothing(whole, tmp_path):
 def test_ten_kills_lose_and_double_nothing(whole, tmp_path):
     rng = random.Random(1)
     out, home = tmp_path / "out", tmp_path / "home"
-    reached = set()
-    running = servers()
+    reached, seen = set(), 0
     for _ in range(10):
         process = start(out, home)
         # Past the imports, anywhere in collecting, checking, training and evaluating, however fast the machine is.
         time.sleep(rng.uniform(0.15, 0.7) * whole[2])
+        seen += len(servers(home))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
@@ -91,6 +98,10 @@ def test_ten_kills_lose_and_double_nothing(whole, tmp_path):
         )
         reached.add((len(complete), len(list(out.glob("policy-*/update-*"))), (out / "report").exists()))
     assert len(reached) > 1, "every kill hit the same place"
+    assert seen, "no command had a server of its own"
     end(start(out, home))
     assert state(out) == state(whole[0])
-    assert servers() == running, "a killed command left its Prefect server behind"
+    deadline = time.monotonic() + 30
+    while servers(home) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not servers(home), "a killed command left its Prefect server behind"
