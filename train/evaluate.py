@@ -140,8 +140,12 @@ def rollouts(settings: EvaluateSettings) -> RolloutSettings:
     how = settings.workers, settings.temperature, settings.seed, settings.timeout
     check(RolloutSettings(settings.slots, *how))
     # Of all episodes, not of those that are left: rows of the forward pass are the same when it is continued.
-    most = max(Counter(job.domain for job in all_jobs(settings)).values())
-    return RolloutSettings(min(settings.slots, most), *how)
+    return RolloutSettings(min(settings.slots, most_of_a_domain(all_jobs(settings))), *how)
+
+
+def most_of_a_domain(jobs: list[Job]) -> int:
+    """Returns how many episodes there are of the domain that has most; more slots would idle."""
+    return max(Counter(job.domain for job in jobs).values())
 
 
 def chosen(trained: list[str], which: str, patterns: Iterable[str] = ()) -> list[str]:
@@ -336,8 +340,9 @@ def play_in_training(
     """
     training = policy.training
     policy.eval()
-    jobs = share(jobs_of(names, IN_TRAINING), (ranks.rank, ranks.of))
-    shares = [list(play(policy, jobs, asked, RolloutSettings(seed=settings.seed)))] * ranks.of
+    jobs = jobs_of(names, IN_TRAINING)
+    how = RolloutSettings(min(RolloutSettings.slots, most_of_a_domain(jobs)), seed=settings.seed)
+    shares = [list(play(policy, share(jobs, (ranks.rank, ranks.of)), asked, how))] * ranks.of
     policy.train(training)
     if ranks.of > 1:
         dist.all_gather_object(shares, shares[0])
