@@ -17,7 +17,6 @@ What it trades away: attempts that were ahead in other processes when the last d
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -45,6 +44,7 @@ from lram.collectors.robosuite import (
     seeded,
     task_name,
 )
+from lram.datasets.disk import sha256_of
 from lram.datasets.index import read_index, task_folder
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import Trajectory
@@ -134,7 +134,7 @@ def prepared(path: Path, task: str = "") -> Iterator[Source]:
     task = task or source_task(path)
     wanted = f"MG_{parse_task(task).family}"
     env = _env_name(path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = sha256_of(path)
     with h5py.File(path) as file:
         infos = [demo.get("datagen_info") for demo in file["data"].values()]
         # Some preparers leave the name out.

@@ -12,7 +12,6 @@ is repeated, compression and fsync are not.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import itertools
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lram.converters.source import SELECTS, Count, Job
+from lram.datasets.disk import sha256_of
 from lram.datasets.index import INDEX, TaskIndex, read_index, task_folder
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import Codec, write_whole
@@ -193,14 +193,9 @@ def _files(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
             stat = path.stat()
             size, moment, digest = known.get(name, (None, None, None))
             if (size, moment) != (stat.st_size, stat.st_mtime_ns):
-                digest = _sha256(path)
+                digest = sha256_of(path)
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
         rows.append({"path": name, "size": stat.st_size, "sha256": digest})
         hashed[name] = [stat.st_size, stat.st_mtime_ns, digest]
     return rows, hashed
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

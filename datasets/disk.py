@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and one sentence when the disk is full.
+"""Files and folders that appear whole or not at all, their hashes, and one sentence when the disk is full.
 
     with whole(Path("data/index.parquet")) as file:
         file.write(image)
@@ -12,6 +12,7 @@ writer was killed. Each file costs an fsync.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -76,6 +77,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if _says_full(error):
             raise disk_full(path) from error
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex; the file may be larger than memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

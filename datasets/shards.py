@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lram.datasets.disk import whole
+from lram.datasets.disk import sha256_of, whole
 from lram.datasets.index import INDEX, SCHEMA, SHARD_SCHEMA, TaskIndex, read_index, write_index
 from lram.datasets.specs import BadInput
 from lram.datasets.trajectory import write_whole
@@ -211,8 +211,7 @@ def damaged(folder: Path) -> Iterator[tuple[Path, str]]:
         if not path.is_file():
             yield path, f"{path}: missing, but the index names it"
             continue
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != expected:
             said = f"its SHA-256 is {found[:12]}…, not {expected[:12]}… as its index says"
             yield path, f"{path}: damaged or cut, {said}"

@@ -11,7 +11,6 @@ the three ways write is compared.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from lram.converters import composuite
 from lram.converters.bench_convert import TASK, ConvertBenchSettings, make_composuite, nothing, ready
 from lram.converters.run import Result
 from lram.datasets.bench_loader import Row
+from lram.datasets.disk import sha256_of
 from lram.datasets.specs import tasks
 from lram.flows.convert import submit_jobs
 from lram.flows.processes import process_pool, workers
@@ -103,7 +103,7 @@ def make_source(folder: Path, rows: int) -> None:
 def content(root: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file of a dataset."""
     paths = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.relative_to(root).as_posix(): sha256_of(path) for path in paths}
 
 
 # ---- Who does the work ----

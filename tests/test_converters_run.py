@@ -91,8 +91,8 @@ def test_a_changed_source_option_or_version_makes_the_task_anew(src, tmp_path, m
 def test_a_source_is_hashed_again_only_when_it_was_touched(src, tmp_path, monkeypatch):
     run(src, tmp_path / "data")
     hashed = []
-    sha256 = convert_run._sha256
-    monkeypatch.setattr(convert_run, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    sha256 = convert_run.sha256_of
+    monkeypatch.setattr(convert_run, "sha256_of", lambda path: hashed.append(path) or sha256(path))
     assert run(src, tmp_path / "data").skipped and not hashed
     path = src / "medium" / "IIWA_Box_None_PickPlace" / "data.hdf5"
     os.utime(path)

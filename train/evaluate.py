@@ -29,6 +29,7 @@ import numpy as np
 import torch.distributed as dist
 
 from lram.collectors import environments
+from lram.datasets.disk import sha256_of
 from lram.datasets.specs import DOMAINS, BadInput, reference, tasks
 from lram.datasets.trajectory import write_whole
 from lram.model.policy import Policy
@@ -218,8 +219,7 @@ def targets(state: checkpoint.State, names: list[str], how: str) -> dict[str, fl
 
 def key_of(settings: EvaluateSettings, folder: Path) -> str:
     """Returns a hash of all that a result depends on besides its task and episode."""
-    weights = hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
-    how = [weights, settings.target, settings.temperature, settings.seed]
+    how = [sha256_of(folder / checkpoint.WEIGHTS), settings.target, settings.temperature, settings.seed]
     return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
 
 
