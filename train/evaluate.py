@@ -141,12 +141,12 @@ def rollouts(settings: EvaluateSettings) -> RolloutSettings:
     how = settings.workers, settings.temperature, settings.seed, settings.timeout
     check(RolloutSettings(settings.slots, *how))
     # Of all episodes, not of those that are left: rows of the forward pass are the same when it is continued.
-    return RolloutSettings(min(settings.slots, most_of_a_domain(all_jobs(settings))), *how)
+    return RolloutSettings(slots_for(all_jobs(settings), settings.slots), *how)
 
 
-def most_of_a_domain(jobs: list[Job]) -> int:
-    """Returns how many episodes there are of the domain that has most; more slots would idle."""
-    return max(Counter(job.domain for job in jobs).values())
+def slots_for(jobs: list[Job], most: int) -> int:
+    """Returns how many episodes to play at once, `most` or fewer: beyond the domain that has most, slots would idle."""
+    return min(most, max(Counter(job.domain for job in jobs).values()))
 
 
 def chosen(trained: list[str], which: str, patterns: Iterable[str] = ()) -> list[str]:
@@ -341,11 +341,12 @@ def play_in_training(
     training = policy.training
     policy.eval()
     jobs = jobs_of(names, IN_TRAINING)
-    how = RolloutSettings(min(RolloutSettings.slots, most_of_a_domain(jobs)), seed=settings.seed)
-    shares = [list(play(policy, share(jobs, (ranks.rank, ranks.of)), asked, how))] * ranks.of
+    how = RolloutSettings(slots_for(jobs, RolloutSettings.slots), seed=settings.seed)
+    played = list(play(policy, share(jobs, (ranks.rank, ranks.of)), asked, how))
     policy.train(training)
+    shares = [played] * ranks.of
     if ranks.of > 1:
-        dist.all_gather_object(shares, shares[0])
+        dist.all_gather_object(shares, played)
     results = sorted(itertools.chain(*shares), key=lambda result: (result["task"], result["episode"]))
     ended = [result for result in results if "failed" not in result]
     lost = [result for result in results if "failed" in result]
